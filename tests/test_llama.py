@@ -1,0 +1,360 @@
+"""Llama computes what transformers computes, with a cache and without; its tokenizer reads text."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import make_golden
+from llama import Llama, LlamaConfig, RMSNorm, Tokenizer, rotary_angles, rotate
+from make_golden import GOLDEN, LLAMAS, SMALL
+from toys import LLAMA, llama_folder, made_up
+
+TOY = LlamaConfig(**{name: (LLAMA | SMALL)[name] for name in LlamaConfig.__dataclass_fields__})
+NAMES = list(Llama(TOY).state_dict())
+
+
+def assert_close(ours, theirs, atol):
+    torch.testing.assert_close(ours, torch.as_tensor(theirs), rtol=0, atol=atol)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return llama_folder(tmp_path_factory.mktemp("toys") / "llama", **SMALL)
+
+
+@pytest.fixture(scope="module")
+def llama(folder):
+    return Llama.from_pretrained(folder).requires_grad_(False)
+
+
+def rewrite_config(folder, **changes):
+    """Change entries of config.json; None takes one away."""
+    raw = json.loads((folder / "config.json").read_text()) | changes
+    raw = {k: v for k, v in raw.items() if v is not None}
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder / "config.json"
+
+
+# ------------------------------------------------------------------------------------------- parity
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_logits_equal_the_golden_file(tmp_path, name):
+    llama = Llama.from_pretrained(llama_folder(tmp_path / "llama", **LLAMAS[name]))
+    with torch.no_grad():
+        assert_close(llama(make_golden.ids()), np.load(GOLDEN)[f"llama {name}"], 5e-5)
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_logits_equal_transformers(tmp_path, name):
+    pytest.importorskip("transformers", reason="the reference is not installed")
+    folder = llama_folder(tmp_path / "llama", **LLAMAS[name])
+    with torch.no_grad():
+        ours = Llama.from_pretrained(folder)(make_golden.ids())
+    assert_close(ours, make_golden.their_logits(folder), 5e-5)
+
+
+def test_a_folder_that_transformers_wrote_loads(folder, tmp_path, llama):
+    transformers = pytest.importorskip("transformers", reason="the reference is not installed")
+    transformers.LlamaForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
+    assert Llama.from_pretrained(tmp_path).config == llama.config
+    assert torch.equal(Llama.from_pretrained(tmp_path)(make_golden.ids()), llama(make_golden.ids()))
+
+
+def slow_attention(q, k, v, can_attend):
+    """The textbook four lines. (B, H, T, Dh) x3 -> (B, H, T, Dh)"""
+    score = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, T, T)
+    score = score.masked_fill(~can_attend, float("-inf"))
+    weight = score.softmax(dim=-1)  # (B, H, T, T)
+    return weight @ v
+
+
+@pytest.mark.parametrize("n_kv", (6, 3, 1))
+def test_attention_is_the_textbook_attention_with_repeated_keys(tmp_path, n_kv):
+    folder = llama_folder(tmp_path / "llama", **SMALL, num_key_value_heads=n_kv)
+    attention = Llama.from_pretrained(folder).requires_grad_(False).model.layers[0].self_attn
+    B, T, Dh = 2, 5, LLAMA["head_dim"]
+    x = made_up("x", (B, T, LLAMA["hidden_size"]), 1.0)
+    cos, sin = rotary_angles(torch.arange(T)[None], Dh, LLAMA["rope_theta"])
+
+    q, k, v = (
+        proj(x).unflatten(-1, (-1, Dh)).transpose(1, 2)
+        for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    k, v = (y.repeat_interleave(6 // n_kv, dim=1) for y in (k, v))  # head h reads group h // share
+    past_and_self = torch.ones(T, T, dtype=torch.bool).tril()
+    y = slow_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, past_and_self)
+    y = attention.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
+    assert_close(attention(x, cos, sin)[0], y, 1e-5)
+
+
+def test_a_rotation_is_a_complex_product_of_dimension_i_and_i_plus_half():
+    x = made_up("x", (1, 1, 4, 6), 1.0)
+    position = torch.tensor([[0, 1, 5, 900]])
+    ours = rotate(x, *rotary_angles(position, 6, 10_000.0))
+
+    turn = torch.tensor([10_000.0 ** (-i / 3) for i in range(3)])
+    angle = position[0][:, None] * turn  # (T, Dh/2)
+    turned = torch.complex(x[..., :3], x[..., 3:]) * torch.polar(torch.ones(4, 3), angle)
+    assert_close(ours, torch.cat([turned.real, turned.imag], dim=-1), 1e-5)
+    assert torch.equal(ours[:, :, 0], x[:, :, 0])  # position 0 does not turn
+
+
+def test_a_norm_does_not_overflow_in_half_precision():
+    x = torch.full((1, 4), 1000.0, dtype=torch.float16)  # its square is beyond float16
+    norm = RMSNorm(4, 1e-5).half()
+    assert torch.equal(norm(x), torch.ones(1, 4, dtype=torch.float16))
+
+
+# ---------------------------------------------------------------------------------------- the cache
+
+
+def test_embed_hidden_and_logits_compose_to_the_forward_pass(llama):
+    ids = make_golden.ids()
+    hidden, cache = llama.hidden(llama.embed(ids))
+    assert hidden.shape == (2, 9, LLAMA["hidden_size"])
+    assert torch.equal(llama.logits(hidden), llama(ids))
+    assert [k.shape for k, v in cache] == [(2, 3, 9, 6)] * 2
+
+
+def test_a_token_never_sees_what_follows(llama):
+    ids = make_golden.ids()
+    other = ids.clone()
+    other[:, 5:] = 9
+    assert torch.equal(llama(ids)[:, :5], llama(other)[:, :5])
+    assert not torch.equal(llama(ids)[:, 5:], llama(other)[:, 5:])
+
+
+def test_cached_steps_equal_the_full_pass(llama):
+    ids = make_golden.ids()
+    hidden, cache = llama.hidden(llama.embed(ids[:, :4]))
+    steps = [hidden]
+    for t in range(4, ids.shape[1]):
+        positions = torch.full((2, 1), t)
+        hidden, cache = llama.hidden(llama.embed(ids[:, t : t + 1]), cache, positions)
+        steps.append(hidden)
+    assert_close(llama.logits(torch.cat(steps, dim=1)), llama(ids), 1e-5)
+
+
+def test_cached_steps_equal_the_full_pass_for_rows_of_different_lengths(llama):
+    prompts = [[1, 66, 5, 5, 17], [1, 8], [1, 33, 2, 60]]
+    answers = torch.tensor([[40, 3, 22], [60, 0, 12], [5, 7, 9]])
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    ids = torch.tensor([prompt + [64] * (5 - len(prompt)) for prompt in prompts])  # 64 is padding
+
+    _, cache = llama.hidden(llama.embed(ids))
+    can_attend = torch.arange(5) < lengths[:, None]  # (B, past)
+    steps = []
+    for t in range(3):
+        # a row goes on where its own prompt ended, though its keys stand behind the padding
+        can_attend = torch.cat([can_attend, torch.ones(3, 1, dtype=torch.bool)], dim=1)
+        x = llama.embed(answers[:, t : t + 1])
+        hidden, cache = llama.hidden(x, cache, (lengths + t)[:, None], can_attend)
+        steps.append(llama.logits(hidden))
+    cached = torch.cat(steps, dim=1)  # (B, 3, V)
+
+    for row, prompt in enumerate(prompts):
+        alone = llama(torch.tensor([prompt + answers[row].tolist()]))[0, len(prompt) :]
+        assert_close(cached[row], alone, 1e-5)
+
+
+@pytest.mark.parametrize("T, positions", ((2, torch.tensor([[4, 5]])), (1, None)))
+def test_a_cached_step_of_two_tokens_or_without_positions_is_refused(llama, T, positions):
+    _, cache = llama.hidden(llama.embed(torch.tensor([[1, 2, 3, 4]])))
+    with pytest.raises(ValueError, match=f"takes 1 token with its positions, got {T} tokens"):
+        llama.hidden(llama.embed(torch.tensor([[5, 6]])[:, :T]), cache, positions)
+
+
+# --------------------------------------------------------------------------------------- the config
+
+
+def test_rope_theta_is_read_from_the_top(tmp_path):
+    path = rewrite_config(llama_folder(tmp_path / "llama", **SMALL), rope_theta=500_000.0)
+    assert LlamaConfig.from_json(path).rope_theta == 500_000.0
+
+
+def test_rope_theta_is_read_from_rope_parameters(tmp_path):
+    rope = {"rope_theta": 500_000.0, "rope_type": "default"}
+    folder = llama_folder(tmp_path / "llama", **SMALL)
+    path = rewrite_config(folder, rope_theta=None, rope_parameters=rope)
+    assert LlamaConfig.from_json(path).rope_theta == 500_000.0
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    (
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.*llama3"),
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn"}}, "rope_scaling.*yarn"),
+        ({"attention_bias": True}, "'attention_bias': True"),
+        ({"mlp_bias": True}, "'mlp_bias': True"),
+        ({"hidden_act": "gelu"}, "'hidden_act': 'gelu'"),
+        ({"model_type": "mistral"}, "'model_type': 'mistral'"),
+    ),
+)
+def test_a_feature_that_is_not_built_is_refused_by_name(tmp_path, change, message):
+    folder = llama_folder(tmp_path / "llama", **SMALL)
+    with pytest.raises(ValueError, match=f"asks for .*{message}.*, which is not built here"):
+        LlamaConfig.from_json(rewrite_config(folder, **change))
+
+
+@pytest.mark.parametrize(
+    "name",
+    "hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size rms_norm_eps "
+    "max_position_embeddings".split(),
+)
+def test_a_missing_size_is_named(tmp_path, name):
+    folder = llama_folder(tmp_path / "llama", **SMALL)
+    with pytest.raises(ValueError, match=f"has no .*'{name}'.*config.json of a Llama model"):
+        LlamaConfig.from_json(rewrite_config(folder, **{name: None}))
+
+
+def test_what_early_configs_leave_out_has_the_value_they_mean(tmp_path):
+    absent = ("num_key_value_heads", "head_dim", "rope_theta", "tie_word_embeddings")
+    folder = llama_folder(tmp_path / "llama", **SMALL)
+    config = LlamaConfig.from_json(rewrite_config(folder, **dict.fromkeys(absent)))
+    assert config.num_key_value_heads == config.num_attention_heads == 6
+    assert config.head_dim == 36 // 6
+    assert config.rope_theta == 10_000.0
+    assert config.tie_word_embeddings is False
+
+
+# ------------------------------------------------------------------------------------------ loading
+
+FAULTS = {
+    "missing": lambda weights, name: weights.pop(name),
+    "extra": lambda weights, name: weights.update({name + "_extra": torch.ones(3)}),
+    "wrong shape": lambda weights, name: weights.update({name: weights[name][:-1].clone()}),
+    "renamed": lambda weights, name: weights.update({name + "_new": weights.pop(name)}),
+}
+
+
+def with_weights(folder, change, new):
+    """A copy of `folder` at `new` with changed weights."""
+    shutil.copytree(folder, new)
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, new / "model.safetensors")
+    return new
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_faulty_tensor_is_refused_by_name(folder, tmp_path, fault, name):
+    broken = with_weights(folder, lambda w: FAULTS[fault](w, name), tmp_path / "llama")
+    with pytest.raises(ValueError) as error:
+        Llama.from_pretrained(broken)
+    expected = {
+        "missing": [f"1 missing: {name}"],
+        "extra": [f"1 unexpected: {name}_extra"],
+        "wrong shape": [f"1 of another shape: {name} ("],
+        "renamed": [f"1 missing: {name}", f"1 unexpected: {name}_new"],
+    }
+    assert all(words in str(error.value) for words in expected[fault])
+
+
+def test_every_tensor_of_the_folder_lands(folder, llama):
+    found, loaded = load_file(folder / "model.safetensors"), llama.state_dict()
+    assert found.keys() == loaded.keys()
+    assert all(torch.equal(found[name], loaded[name]) for name in found)
+
+
+def test_inv_freq_of_old_files_is_ignored(folder, tmp_path):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    old = with_weights(folder, lambda w: w.update({name: torch.ones(3)}), tmp_path / "llama")
+    assert name not in Llama.from_pretrained(old).state_dict()
+
+
+def test_a_tied_model_loads_without_a_head_and_stays_tied(tmp_path):
+    folder = llama_folder(tmp_path / "llama", **SMALL, tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    llama = Llama.from_pretrained(folder)
+    assert llama.lm_head.weight is llama.model.embed_tokens.weight
+    assert sum(weight is llama.lm_head.weight for weight in llama.parameters()) == 1
+
+
+def test_a_tied_model_without_embeddings_is_refused_by_name(tmp_path):
+    folder = llama_folder(tmp_path / "llama", **SMALL, tie_word_embeddings=True)
+    name = "model.embed_tokens.weight"
+    broken = with_weights(folder, lambda w: w.pop(name), tmp_path / "broken")
+    with pytest.raises(ValueError, match=name):
+        Llama.from_pretrained(broken)
+
+
+@pytest.mark.parametrize("name", ("config.json", "model.safetensors"))
+def test_a_folder_without_a_file_is_refused_by_name(tmp_path, name):
+    folder = llama_folder(tmp_path / "llama", **SMALL)
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"has no {name}; a Llama folder must have it"):
+        Llama.from_pretrained(folder)
+
+
+def test_half_precision_is_kept_from_the_file_to_the_logits(folder):
+    llama = Llama.from_pretrained(folder, torch.bfloat16)
+    assert {weight.dtype for weight in llama.parameters()} == {torch.bfloat16}
+    assert llama(make_golden.ids()).dtype == torch.bfloat16
+
+
+# ------------------------------------------------------------------------------------ the tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return Tokenizer(llama_folder(tmp_path_factory.mktemp("toys") / "llama"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    (
+        "Où est passée la garçonnière de l'évêque ?",
+        "Größere Füße heißen Übermaß: 12,5 %!",
+        "¿Cómo está el niño? ¡Ñandú!",
+        "It's a test, isn't it?",
+        "merci 🙂 bien",
+    ),
+)
+def test_text_comes_back_from_its_ids(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert not {tokenizer.bos_id, *tokenizer.eos_ids} & set(ids)
+    assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("text", ("</s>", "<s>", "a </s> b", "<unk>"))
+def test_a_special_token_in_the_text_is_text(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert all(not tokenizer.pieces.is_control(i) for i in ids)
+    assert tokenizer.decode(ids) == text
+
+
+def test_decoding_drops_special_ids_and_ids_beyond_the_vocabulary(tokenizer):
+    ids = tokenizer.encode("merci bien")
+    beyond = tokenizer.vocab_size
+    framed = [tokenizer.bos_id, *ids, tokenizer.eos_id, beyond, beyond + 700]
+    assert tokenizer.decode(framed) == "merci bien"
+    assert tokenizer.decode([]) == ""
+
+
+def test_special_ids_are_those_of_the_config(tmp_path):
+    several = llama_folder(tmp_path / "several", bos_token_id=7, eos_token_id=[5, 2])
+    tokenizer = Tokenizer(several)
+    assert tokenizer.bos_id == 7
+    assert tokenizer.eos_ids == [5, 2]
+    assert tokenizer.eos_id == 5
+
+
+def test_special_ids_are_those_of_the_tokenizer_where_the_config_has_none(tmp_path):
+    folder = llama_folder(tmp_path / "llama")
+    rewrite_config(folder, bos_token_id=None, eos_token_id=None)
+    tokenizer = Tokenizer(folder)
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, [2])
+
+
+def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path):
+    folder = llama_folder(tmp_path / "llama")
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(FileNotFoundError, match="has no tokenizer.model"):
+        Tokenizer(folder)

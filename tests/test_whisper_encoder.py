@@ -1,0 +1,247 @@
+"""Whisper's encoder computes what transformers computes, for a clip alone and in any batch."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import make_golden
+from make_golden import FRAMES, GOLDEN, SHORT
+from toys import WHISPER, fill, made_up, whisper_folder
+from whisper_encoder import (
+    MAX_SAMPLES,
+    STEP,
+    WhisperConfig,
+    WhisperEncoder,
+    clip_to_mel,
+    log_mel_spectrogram,
+    n_states,
+)
+
+M = WHISPER["num_mel_bins"]
+NAMES = list(WhisperEncoder(WhisperConfig(**WHISPER)).state_dict())
+
+
+def assert_close(ours, theirs, atol):
+    torch.testing.assert_close(ours, torch.as_tensor(theirs), rtol=0, atol=atol)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return whisper_folder(tmp_path_factory.mktemp("toys") / "whisper", **SHORT)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    encoder = WhisperEncoder(WhisperConfig(**WHISPER)).requires_grad_(False)
+    fill(encoder)
+    return encoder
+
+
+# ------------------------------------------------------------------------------------------- parity
+
+
+@pytest.mark.parametrize("n_mels", (80, 128))
+def test_log_mel_equals_the_golden_file(n_mels):
+    ours = clip_to_mel(make_golden.clip(), n_mels, "30s")
+    assert ours.shape == (n_mels, 3000)
+    assert_close(ours[:, FRAMES], np.load(GOLDEN)[f"mel {n_mels}"], 1e-4)
+
+
+@pytest.mark.parametrize("n_mels", (80, 128))
+def test_log_mel_equals_transformers(n_mels):
+    pytest.importorskip("transformers", reason="the reference is not installed")
+    ours = clip_to_mel(make_golden.clip(), n_mels, "30s")
+    assert_close(ours, make_golden.their_mel(n_mels), 1e-4)
+
+
+def test_states_equal_the_golden_file(folder):
+    with torch.no_grad():
+        ours = WhisperEncoder.from_pretrained(folder)(make_golden.mel())
+    assert_close(ours, np.load(GOLDEN)["states"], 5e-5)
+
+
+def test_states_equal_transformers(folder):
+    pytest.importorskip("transformers", reason="the reference is not installed")
+    with torch.no_grad():
+        ours = WhisperEncoder.from_pretrained(folder)(make_golden.mel())
+    assert_close(ours, make_golden.their_states(folder), 5e-5)
+
+
+def slow_attention(q, k, v, can_attend):
+    """The textbook four lines. (B, H, S, Dh) x3 -> (B, H, S, Dh)"""
+    score = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, H, S, S)
+    score = score.masked_fill(~can_attend, float("-inf"))
+    weight = score.softmax(dim=-1)  # (B, H, S, S)
+    return weight @ v
+
+
+def test_attention_is_the_textbook_attention(encoder):
+    B, S, Da = 2, 5, WHISPER["d_model"]
+    attention = encoder.layers[0].self_attn
+    x = made_up("x", (B, S, Da))
+    can_attend = (torch.arange(S) < torch.tensor([[5], [3]]))[:, None, None]  # (B, 1, 1, S)
+
+    q, k, v = (
+        proj(x).unflatten(-1, (attention.n_heads, -1)).transpose(1, 2)
+        for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    y = slow_attention(q, k, v, can_attend).transpose(1, 2).flatten(2)  # (B, S, Da)
+    assert_close(attention(x, can_attend), attention.out_proj(y), 1e-6)
+
+
+# --------------------------------------------------------------------------- clips and their length
+
+
+@pytest.mark.parametrize(
+    "samples, states", ((1, 1), (319, 1), (320, 1), (321, 2), (MAX_SAMPLES, 1500))
+)
+def test_a_clip_is_worth_a_state_for_each_20_ms_it_has_begun(samples, states):
+    assert n_states(samples) == states
+    assert clip_to_mel(made_up("clip", (samples,)), M, "clip").shape == (M, 2 * states)
+
+
+def test_the_30s_window_is_always_whole():
+    assert clip_to_mel(made_up("clip", (1000,)), M, "30s").shape == (M, 3000)
+
+
+@pytest.mark.parametrize(
+    "samples, window, message",
+    (
+        (0, "clip", r"the clip has 0\.00 s; the encoder takes more than 0 and up to 30"),
+        (0, "30s", r"the clip has 0\.00 s"),
+        (MAX_SAMPLES + 16_000, "clip", r"the clip has 31\.00 s; .* up to 30"),
+        (MAX_SAMPLES + 1, "30s", "up to 30"),
+        (1000, "10s", r"window is '10s'; it can be one of \('30s', 'clip'\)"),
+    ),
+)
+def test_a_clip_that_does_not_fit_is_refused(samples, window, message):
+    with pytest.raises(ValueError, match=message):
+        clip_to_mel(torch.zeros(samples), M, window)
+
+
+def test_a_clip_of_10_ms_has_a_state(encoder):
+    mel = clip_to_mel(made_up("clip", (160,)), M, "clip")
+    states = encoder(mel[None])
+    assert states.shape == (1, 1, WHISPER["d_model"])
+    assert states.isfinite().all()
+
+
+def test_the_mel_of_a_batch_is_the_mel_of_each():
+    loud, quiet = made_up("loud", (3200,)), made_up("quiet", (3200,), 1e-3)
+    together = log_mel_spectrogram(torch.stack([loud, quiet]), M)
+    assert_close(together[0], log_mel_spectrogram(loud, M), 1e-6)
+    assert_close(together[1], log_mel_spectrogram(quiet, M), 1e-6)
+
+
+def test_more_frames_than_positions_are_refused_by_name(folder):
+    encoder = WhisperEncoder.from_pretrained(folder)
+    message = "102 mel frames make 51 states; this encoder has positions for 50: split the clip"
+    with pytest.raises(ValueError, match=message):
+        encoder(torch.zeros(1, M, 102))
+
+
+# -------------------------------------------------------------------------------- alone, in a batch
+
+
+def padded(mels):
+    """Mels (M, 2S) of different S -> (B, M, 2S) and their lengths (B,) in states."""
+    lengths = torch.tensor([mel.shape[1] // 2 for mel in mels])
+    rows = torch.nn.utils.rnn.pad_sequence([mel.T for mel in mels], batch_first=True)
+    return rows.transpose(1, 2), lengths
+
+
+@pytest.mark.parametrize("window", ("clip", "30s"))
+def test_a_clip_has_the_same_states_alone_and_in_a_batch(encoder, window):
+    samples = (160, 7 * STEP, 20 * STEP + 1)
+    mels = [clip_to_mel(made_up(f"clip {n}", (n,)), M, window) for n in samples]
+    together = encoder(*padded(mels))
+    for mel, states in zip(mels, together):
+        alone = encoder(mel[None])[0]
+        assert_close(states[: len(alone)], alone, 1e-5)
+
+
+def test_what_stands_behind_a_clip_never_changes_it(encoder):
+    mel = made_up("mel", (2, M, 24), 1.0)
+    lengths = torch.tensor([5, 12])
+    other = mel.clone()
+    other[0, :, 2 * 5 :] = 100.0
+    here, there = encoder(mel, lengths), encoder(other, lengths)
+    assert torch.equal(here[0, :5], there[0, :5])
+    assert torch.equal(here[1], there[1])
+
+
+def test_lengths_that_fill_the_batch_are_the_same_as_none(encoder):
+    mel = made_up("mel", (2, M, 24), 1.0)
+    assert torch.equal(encoder(mel, torch.tensor([12, 12])), encoder(mel))
+
+
+# ------------------------------------------------------------------------------------------ loading
+
+FAULTS = {
+    "missing": lambda weights, name: weights.pop(name),
+    "extra": lambda weights, name: weights.update({name + "_extra": torch.ones(3)}),
+    "wrong shape": lambda weights, name: weights.update({name: weights[name][:-1].clone()}),
+    "renamed": lambda weights, name: weights.update({name + "_new": weights.pop(name)}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_faulty_tensor_is_refused_by_name(folder, tmp_path, fault, name):
+    weights = load_file(folder / "model.safetensors")
+    FAULTS[fault](weights, f"model.encoder.{name}")
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+
+    with pytest.raises(ValueError) as error:
+        WhisperEncoder.from_pretrained(tmp_path)
+    expected = {
+        "missing": [f"1 missing: {name}"],
+        "extra": [f"1 unexpected: {name}_extra"],
+        "wrong shape": [f"1 of another shape: {name} ("],
+        "renamed": [f"1 missing: {name}", f"1 unexpected: {name}_new"],
+    }
+    assert all(words in str(error.value) for words in expected[fault])
+
+
+def test_every_tensor_of_the_folder_lands_and_the_decoder_is_left_out(folder):
+    found = load_file(folder / "model.safetensors")
+    assert {"model.decoder.layer_norm.weight", "proj_out.weight"} <= found.keys()
+    loaded = WhisperEncoder.from_pretrained(folder).state_dict()
+    for name, tensor in loaded.items():
+        assert torch.equal(tensor, found[f"model.encoder.{name}"])
+
+
+def test_a_folder_without_the_prefix_loads_too(folder, tmp_path):
+    weights = load_file(folder / "model.safetensors")
+    save_file({k.removeprefix("model."): v for k, v in weights.items()}, tmp_path / "w")
+    (tmp_path / "w").rename(tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    WhisperEncoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ("config.json", "model.safetensors"))
+def test_a_folder_without_a_file_is_refused_by_name(tmp_path, name):
+    folder = whisper_folder(tmp_path / "whisper", **SHORT)
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"has no {name}; a Whisper folder must have it"):
+        WhisperEncoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    (
+        ({"d_model": None}, r"has no \['d_model'\]; is it the config.json of a Whisper model"),
+        ({"activation_function": "relu"}, "activation_function='relu'; only 'gelu' is built"),
+        ({"scale_embedding": True}, "scale_embedding=True; only False is built"),
+    ),
+)
+def test_a_config_that_is_not_built_is_refused_by_name(tmp_path, change, message):
+    config = {k: v for k, v in (WHISPER | change).items() if v is not None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        WhisperConfig.from_json(tmp_path / "config.json")

@@ -1,0 +1,67 @@
+"""Tiny checkpoints with made-up weights, in the folder layout of real ones."""
+
+import json
+import shutil
+import zlib
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from llama import Llama, LlamaConfig
+from whisper_encoder import WhisperConfig, WhisperEncoder
+
+TINY = Path(__file__).parents[1] / "tiny"
+
+# Every size is another number, so that no shape is right by coincidence.
+WHISPER = dict(
+    num_mel_bins=80, d_model=24, encoder_layers=2, encoder_attention_heads=3, encoder_ffn_dim=40,
+    max_source_positions=1500,
+)  # fmt: skip
+LLAMA = dict(
+    hidden_size=36, intermediate_size=52, num_hidden_layers=2, num_attention_heads=6,
+    num_key_value_heads=3, head_dim=6, vocab_size=1300, rms_norm_eps=1e-5, rope_theta=10000.0,
+    tie_word_embeddings=False, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+
+
+def made_up(name: str, shape, scale: float = 0.3) -> torch.Tensor:
+    """Numbers that follow from the name alone, the same with every library and version."""
+    n = torch.Size(shape).numel()
+    step = 1 + zlib.crc32(name.encode()) % 9973 / 1000
+    wave = torch.sin(torch.arange(1, n + 1, dtype=torch.float64) ** 2 * step).reshape(shape)
+    return (wave * scale + (1 if "norm" in name and name.endswith("weight") else 0)).float()
+
+
+def fill(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Give a module made-up weights and return them by name."""
+    weights = {name: made_up(name, p.shape) for name, p in module.state_dict().items()}
+    module.load_state_dict(weights)
+    return weights
+
+
+def whisper_folder(folder: Path, **changes) -> Path:
+    """A Whisper folder as the hub has them: prefix `model.`, and a decoder that is not needed."""
+    folder.mkdir(parents=True)
+    config = WHISPER | changes
+    encoder = WhisperEncoder(WhisperConfig(**config))
+    weights = {f"model.encoder.{name}": tensor for name, tensor in fill(encoder).items()}
+    weights["model.decoder.layer_norm.weight"] = torch.ones(config["d_model"])
+    weights["proj_out.weight"] = torch.ones(7, config["d_model"])
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "whisper"}))
+    return folder
+
+
+def llama_folder(folder: Path, **changes) -> Path:
+    """A Llama folder with the embedded default's tokenizer."""
+    folder.mkdir(parents=True)
+    config = LLAMA | changes
+    llama = Llama(LlamaConfig(**{k: config[k] for k in LlamaConfig.__dataclass_fields__}))
+    weights = fill(llama)
+    if config["tie_word_embeddings"]:
+        weights.pop("lm_head.weight")
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    shutil.copy(TINY / "llama" / "tokenizer.model", folder)
+    return folder

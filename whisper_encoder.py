@@ -1,0 +1,237 @@
+"""Whisper's encoder: waveform -> log-mel spectrogram -> one vector for every 20 ms of speech.
+
+    waveform (N,) -> log-mel (M, 2S) -> two convolutions, the second with stride 2 -> S states of Da
+
+Paper: Whisper (2212.04356). References: openai/whisper audio.py and model.py for the numbers,
+transformers' WhisperEncoder for the names. The decoder of a Whisper checkpoint is not needed here.
+A clip enters alone or in any batch with the same result: tests/test_whisper_encoder.py.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+SAMPLE_RATE = 16_000  # samples a second
+N_FFT = 400  # samples, 25 ms: one Fourier transform
+HOP = 160  # samples, 10 ms: one mel frame
+STEP = 2 * HOP  # samples, 20 ms: one encoder state, because the second convolution has stride 2
+MAX_SAMPLES = 30 * SAMPLE_RATE  # Whisper was trained on windows of exactly this length
+WINDOWS = ("30s", "clip")
+
+
+# ------------------------------------------------------------------------------ waveform -> log-mel
+
+
+@lru_cache
+def mel_filters(n_mels: int) -> Tensor:
+    """Triangles that sum Fourier bins into mel bins, equal in area. -> (M, N_FFT/2 + 1)
+
+    The Slaney mel scale (linear below 1 kHz, logarithmic above), as Whisper's mel_filters.npz.
+    """
+    linear_step = 200 / 3  # Hz per mel below 1 kHz
+    log_step = math.log(6.4) / 27  # of the logarithm of the frequency, per mel, above it
+    knee = 1000 / linear_step  # mel
+
+    top = knee + math.log(SAMPLE_RATE / 2 / 1000) / log_step
+    mels = torch.linspace(0, top, n_mels + 2, dtype=torch.float64)
+    above = 1000 * torch.exp(log_step * (mels - knee))
+    corners = torch.where(mels < knee, linear_step * mels, above)  # Hz
+    bins = torch.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1, dtype=torch.float64)  # Hz
+
+    left, middle, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]
+    rising = (bins - left) / (middle - left)
+    falling = (right - bins) / (right - middle)
+    triangles = torch.minimum(rising, falling).clamp(min=0)
+    return (triangles * 2 / (right - left)).float()
+
+
+def log_mel_spectrogram(audio: Tensor, n_mels: int) -> Tensor:
+    """Whisper's picture of sound. (..., N) at 16 kHz, within -1..1 -> (..., M, N // HOP)
+
+    Each waveform of a batch is scaled by its own loudest point, so its picture does not depend on
+    its neighbours.
+    """
+    window = torch.hann_window(N_FFT, device=audio.device)
+    spectrum = torch.stft(audio, N_FFT, HOP, window=window, return_complex=True)
+    power = spectrum[..., :-1].abs() ** 2  # the last frame is half outside the clip
+    mel = mel_filters(n_mels).to(audio.device) @ power
+
+    log = mel.clamp(min=1e-10).log10()
+    loudest = log.amax(dim=(-2, -1), keepdim=True)
+    log = torch.maximum(log, loudest - 8)  # keep 80 dB under the loudest point
+    return (log + 4) / 4
+
+
+def n_states(n_samples: int) -> int:
+    """How many encoder states a clip is worth: one for each STEP that it has begun."""
+    return math.ceil(n_samples / STEP)
+
+
+def clip_to_mel(audio: Tensor, n_mels: int, window: str) -> Tensor:
+    """The log-mel of one clip as the encoder wants it. (N,) -> (M, 2S)
+
+    window "30s" pads the clip with silence to Whisper's own window; "clip" pads it only to a whole
+    STEP, which costs a short clip a small part of the work. Neither looks at any other clip.
+    """
+    if window not in WINDOWS:
+        raise ValueError(f"window is {window!r}; it can be one of {WINDOWS}")
+    if not 0 < len(audio) <= MAX_SAMPLES:
+        seconds = len(audio) / SAMPLE_RATE
+        raise ValueError(
+            f"the clip has {seconds:.2f} s; the encoder takes more than 0 and up to 30"
+        )
+    length = MAX_SAMPLES if window == "30s" else n_states(len(audio)) * STEP
+    return log_mel_spectrogram(F.pad(audio, (0, length - len(audio))), n_mels)
+
+
+# ------------------------------------------------------------------------------------- the encoder
+
+
+@dataclass(frozen=True)
+class WhisperConfig:
+    """The part of a Whisper checkpoint's config.json that shapes the encoder."""
+
+    num_mel_bins: int  # M
+    d_model: int  # Da
+    encoder_layers: int
+    encoder_attention_heads: int  # H
+    encoder_ffn_dim: int
+    max_source_positions: int  # the largest S
+
+    @classmethod
+    def from_json(cls, path):
+        raw = json.loads(Path(path).read_text())
+        missing = [name for name in cls.__dataclass_fields__ if name not in raw]
+        if missing:
+            raise ValueError(f"{path} has no {missing}; is it the config.json of a Whisper model?")
+        for name, ours in (("activation_function", "gelu"), ("scale_embedding", False)):
+            if raw.get(name, ours) != ours:
+                raise ValueError(f"{path} asks for {name}={raw[name]!r}; only {ours!r} is built")
+        return cls(**{name: raw[name] for name in cls.__dataclass_fields__})
+
+
+class SelfAttention(nn.Module):
+    """Every state looks at every real state of its own clip. (B, S, Da) -> (B, S, Da)"""
+
+    def __init__(self, config: WhisperConfig):
+        super().__init__()
+        Da = config.d_model
+        self.n_heads = config.encoder_attention_heads
+        self.q_proj = nn.Linear(Da, Da)
+        self.k_proj = nn.Linear(Da, Da, bias=False)  # a shift of all keys would cancel in softmax
+        self.v_proj = nn.Linear(Da, Da)
+        self.out_proj = nn.Linear(Da, Da)
+
+    def forward(self, x: Tensor, can_attend: Tensor | None) -> Tensor:
+        B, S, Da = x.shape
+        H = self.n_heads
+        q = self.q_proj(x).view(B, S, H, Da // H).transpose(1, 2)  # (B, H, S, Dh)
+        k = self.k_proj(x).view(B, S, H, Da // H).transpose(1, 2)  # (B, H, S, Dh)
+        v = self.v_proj(x).view(B, S, H, Da // H).transpose(1, 2)  # (B, H, S, Dh)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=can_attend)  # (B, H, S, Dh)
+        y = y.transpose(1, 2).reshape(B, S, Da)  # (B, S, Da)
+        return self.out_proj(y)
+
+
+class EncoderLayer(nn.Module):
+    """Attention, then a two-layer MLP; each reads normed states and adds to them."""
+
+    def __init__(self, config: WhisperConfig):
+        super().__init__()
+        Da = config.d_model
+        self.self_attn = SelfAttention(config)
+        self.self_attn_layer_norm = nn.LayerNorm(Da)
+        self.fc1 = nn.Linear(Da, config.encoder_ffn_dim)
+        self.fc2 = nn.Linear(config.encoder_ffn_dim, Da)
+        self.final_layer_norm = nn.LayerNorm(Da)  # the checkpoint's name for the norm of the MLP
+
+    def forward(self, x: Tensor, can_attend: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.self_attn_layer_norm(x), can_attend)
+        return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
+
+
+class WhisperEncoder(nn.Module):
+    """The encoder half of Whisper, with the checkpoint's names."""
+
+    def __init__(self, config: WhisperConfig):
+        super().__init__()
+        self.config = config
+        M, Da = config.num_mel_bins, config.d_model
+        self.conv1 = nn.Conv1d(M, Da, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv1d(Da, Da, kernel_size=3, padding=1, stride=2)
+        self.embed_positions = nn.Embedding(config.max_source_positions, Da)
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.layer_norm = nn.LayerNorm(Da)
+
+    def forward(self, mel: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """mel (B, M, 2S); lengths (B,) states of each clip, None if all fill S -> (B, S, Da)
+
+        Beyond a clip's length the states mean nothing, and nothing before it depends on them.
+        """
+        B, M, frames = mel.shape
+        S = frames // 2
+        if S > self.config.max_source_positions:
+            raise ValueError(
+                f"{frames} mel frames make {S} states; this encoder has positions for "
+                f"{self.config.max_source_positions}: split the clip"
+            )
+        can_attend = None
+        if lengths is not None and bool((lengths < S).any()):
+            is_real = torch.arange(S, device=mel.device) < lengths[:, None]  # (B, S)
+            can_attend = is_real[:, None, None]  # (B, 1, 1, S)
+            # A convolution pads a lone clip with zeros, so in a batch zeros must follow it too. The
+            # second, with stride 2, never looks beyond a clip's last frame.
+            is_frame = is_real.repeat_interleave(2, dim=1)[:, None]  # (B, 1, 2S)
+            mel = torch.where(is_frame, mel, 0)  # (B, M, 2S)
+
+        x = F.gelu(self.conv1(mel))  # (B, Da, 2S)
+        x = F.gelu(self.conv2(x)).transpose(1, 2)  # (B, S, Da)
+        x = x + self.embed_positions.weight[:S]
+        for layer in self.layers:
+            x = layer(x, can_attend)
+        return self.layer_norm(x)
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype: torch.dtype = torch.float32) -> "WhisperEncoder":
+        """Read a Hugging Face Whisper folder: config.json and model.safetensors.
+
+        Every tensor of the encoder must be there with its shape; the decoder is left out by name.
+        """
+        folder = Path(folder)
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} has no {name}; a Whisper folder must have it")
+        with torch.device("meta"):
+            encoder = cls(WhisperConfig.from_json(folder / "config.json"))
+        weights = {}
+        for name, tensor in load_file(folder / "model.safetensors").items():
+            name = name.removeprefix("model.")  # ...ForConditionalGeneration adds it
+            if not name.startswith(("decoder.", "proj_out.")):
+                weights[name.removeprefix("encoder.")] = tensor.to(dtype)
+        must_match(encoder.state_dict(), weights, folder)
+        encoder.load_state_dict(weights, assign=True)
+        return encoder
+
+
+def must_match(wanted: dict[str, Tensor], found: dict[str, Tensor], where):
+    """Refuse, with lists, weights that do not have exactly the wanted names and shapes."""
+    common = sorted(wanted.keys() & found.keys())
+    wrong = {
+        "missing": sorted(wanted.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - wanted.keys()),
+        "of another shape": [
+            f"{name} {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
+            for name in common
+            if found[name].shape != wanted[name].shape
+        ],
+    }
+    if any(wrong.values()):
+        lists = "; ".join(f"{len(v)} {k}: {', '.join(v[:8])}" for k, v in wrong.items() if v)
+        raise ValueError(f"the weights in {where} do not fit the configuration there: {lists}")
