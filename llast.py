@@ -1,0 +1,248 @@
+"""LLaST: speech goes through Whisper's encoder and an adaptor, and becomes words of an LLM.
+
+    waveform -> encoder (+ LoRA) -> states (S, Da) -> projector -> (S, D) -> spliced into the prompt
+             -> Llama (+ LoRA) -> the answer's tokens
+
+Paper: LLaST (2407.15415). Reference: its xtuner code, model/llast.py, for the adaptor's layers,
+its names, and the place of the speech: in the user's turn, before the instruction.
+
+Sizes, everywhere: B batch, N samples (16 kHz), M mel bins, S audio positions after the encoder
+(50 a second), T text tokens, P positions the LLM sees, Da encoder width, D LLM width, H query
+heads, Hk key/value heads, Dh head width, V vocabulary, R LoRA rank, W beam width.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from data import AUDIO_ID, IGNORE, Batch
+from llama import Llama, Tokenizer, must_match
+from lora import add_lora
+from whisper_encoder import WhisperEncoder, clip_to_mel, n_states
+
+# Every linear layer of both bases except the LLM's head, as the original's
+# find_all_linear_names has it.
+ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+LLM_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def pick_device() -> tuple[torch.device, torch.dtype, str]:
+    """The one place that chooses where and in what precision to compute, and says why."""
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+        name = torch.cuda.get_device_name()
+        return torch.device("cuda"), torch.bfloat16, f"{name}, frozen weights in bfloat16"
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        return torch.device("cuda"), torch.float32, f"{name}, float32 as it has no bfloat16"
+    threads = torch.get_num_threads()
+    return torch.device("cpu"), torch.float32, f"no CUDA device: CPU, {threads} threads, float32"
+
+
+@dataclass(frozen=True)
+class LLaSTConfig:
+    """What a LLaST is made of. Everything that training and use must agree on is here."""
+
+    encoder: str  # folder of a Whisper checkpoint
+    llm: str  # folder of a Llama checkpoint
+    template: str  # key of data.TEMPLATES
+    window: str  # "30s" or "clip": what the encoder is given, see whisper_encoder.clip_to_mel
+    stack: int  # encoder states that make one position of the LLM; 1 in the paper
+    encoder_rank: int  # R of the LoRA in the encoder; 0 leaves the encoder as it is
+    encoder_alpha: float
+    llm_rank: int  # R of the LoRA in the LLM; 0 leaves the LLM as it is
+    llm_alpha: float
+    dropout: float  # inside both LoRAs
+    directions: tuple[str, ...]  # what it was trained to translate, as "fr-en"
+
+
+class Projector(nn.Module):
+    """The adaptor: three linear layers, exact GELU between them. (..., stack * Da) -> (..., D)"""
+
+    def __init__(self, wide: int, D: int):
+        super().__init__()
+        self.model = (
+            nn.Sequential(  # the original's name, so its tensors are `projector.model.0...`
+                nn.Linear(wide, D), nn.GELU(), nn.Linear(D, D), nn.GELU(), nn.Linear(D, D)
+            )
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x.float())
+
+
+class LLaST(nn.Module):
+    """Two frozen bases, a LoRA in each, and the projector between them."""
+
+    def __init__(self, config: LLaSTConfig, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config = config
+        self.speech_encoder = WhisperEncoder.from_pretrained(config.encoder, dtype)
+        self.llm = Llama.from_pretrained(config.llm, dtype)
+        self.tokenizer = Tokenizer(config.llm)
+        V = self.llm.config.vocab_size
+        if self.tokenizer.vocab_size > V:
+            raise ValueError(
+                f"{config.llm}: tokenizer.model has {self.tokenizer.vocab_size} pieces, "
+                f"config.json has room for {V}; they belong to different models"
+            )
+        self.speech_encoder.requires_grad_(False)
+        self.llm.requires_grad_(False)
+        for base, targets, rank, alpha in (
+            (self.speech_encoder, ENCODER_TARGETS, config.encoder_rank, config.encoder_alpha),
+            (self.llm, LLM_TARGETS, config.llm_rank, config.llm_alpha),
+        ):
+            if rank:
+                add_lora(base, targets, rank, alpha, config.dropout)
+        Da, D = self.speech_encoder.config.d_model, self.llm.config.hidden_size
+        self.projector = Projector(config.stack * Da, D)
+
+    @property
+    def device(self) -> torch.device:
+        return self.llm.lm_head.weight.device
+
+    def encode_speech(self, audio: list[Tensor]) -> list[Tensor]:
+        """Waveforms (N,) of any lengths -> for each the LLM positions it is worth, (P, D)."""
+        M, stack = self.speech_encoder.config.num_mel_bins, self.config.stack
+        mels = [clip_to_mel(clip.to(self.device), M, self.config.window).T for clip in audio]
+        lengths = torch.tensor([len(mel) // 2 for mel in mels], device=self.device)
+        mel = pad_sequence(mels, batch_first=True).transpose(1, 2)  # (B, M, 2S)
+        mel = mel.to(self.speech_encoder.conv1.weight.dtype)
+        states = self.speech_encoder(mel, lengths)  # (B, S, Da)
+
+        # Keep each clip's own states: not the silence of a 30 s window, not its neighbours' length.
+        n_real = torch.tensor([n_states(len(clip)) for clip in audio], device=self.device)
+        n_positions = -(-n_real // stack)
+        states = F.pad(states, (0, 0, 0, -states.shape[1] % stack))
+        is_real = torch.arange(states.shape[1], device=self.device) < n_real[:, None]  # (B, S)
+        states = torch.where(is_real[..., None], states, 0)
+        stacked = states.unflatten(1, (-1, stack)).flatten(2)[:, : int(n_positions.max())]
+        speech = self.projector(stacked).to(self.llm.lm_head.weight.dtype)
+        return [clip[:n] for clip, n in zip(speech, n_positions.tolist(), strict=True)]
+
+    def splice(self, ids: Tensor, speech: Tensor) -> Tensor:
+        """The row the LLM sees: embedded ids (T,) with speech where AUDIO_ID stands. -> (P, D)"""
+        words = self.llm.embed(ids.clamp(min=0))  # (T, D)
+        at = (ids == AUDIO_ID).nonzero().item()
+        return torch.cat([words[:at], speech, words[at + 1 :]])
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The loss of every answer token of the batch, its end token included. -> (answer tokens,)
+
+        Rows are padded on the right only, so positions count from 0 in each row, plain causal
+        attention is enough, and a row's loss does not depend on the rows beside it.
+        """
+        rows, labels = [], []
+        speech = self.encode_speech(batch.audio)
+        for heard, ids, label, n in zip(
+            speech, batch.ids, batch.labels, batch.lengths, strict=True
+        ):
+            ids, label = ids[:n].to(self.device), label[:n].to(self.device)
+            rows.append(self.splice(ids, heard))
+            # The answer stands at the end, so in front of it every position is ignored alike.
+            labels.append(F.pad(label, (len(heard) - 1, 0), value=IGNORE))
+        x = pad_sequence(rows, batch_first=True)  # (B, P, D)
+        labels = pad_sequence(labels, batch_first=True, padding_value=IGNORE)  # (B, P)
+
+        hidden, _ = self.llm.hidden(x)  # (B, P, D)
+        following = labels[:, 1:]  # position p predicts the token at p + 1
+        is_asked = following != IGNORE
+        logits = self.llm.logits(hidden[:, :-1][is_asked])  # the whole vocabulary only where asked
+        return F.cross_entropy(logits.float(), following[is_asked], reduction="none")
+
+    def trained(self) -> dict[str, Tensor]:
+        """The tensors that training changes: both LoRAs and the projector."""
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+    def save_pretrained(self, folder):
+        """Write what was trained (llast.safetensors) and on what (llast.json).
+
+        Both are complete before either gets its name, so a broken save leaves the one before.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        bases = {"encoder": Path(self.config.encoder), "llm": Path(self.config.llm)}
+        about = {
+            "config": asdict(self.config)
+            | {
+                name: os.path.relpath(base.resolve(), folder.resolve())
+                for name, base in bases.items()
+            },
+            "fingerprints": {name: fingerprint(base.resolve()) for name, base in bases.items()},
+            "versions": {"llast": 1, "torch": torch.__version__},
+        }
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.trained().items()}
+        save_file(tensors, folder / "llast.safetensors.tmp")
+        (folder / "llast.json.tmp").write_text(json.dumps(about, indent=2) + "\n")
+        for name in ("llast.safetensors", "llast.json"):
+            os.replace(folder / f"{name}.tmp", folder / name)
+
+    @classmethod
+    def from_pretrained(cls, folder, encoder=None, llm=None, device="cpu", dtype=torch.float32):
+        """Read what save_pretrained wrote; every tensor must fit and the bases must be the same.
+
+        `encoder` and `llm` say where the bases are now, if they have moved.
+        """
+        folder = Path(folder)
+        config, fingerprints = read_about(folder)
+        moved = {name: str(path) for name, path in (("encoder", encoder), ("llm", llm)) if path}
+        config = replace(config, **moved)
+        for name, wanted in fingerprints.items():
+            base = Path(getattr(config, name))
+            if not base.is_dir():
+                raise FileNotFoundError(
+                    f"{folder} was trained on the {name} in {base}, which is not there; "
+                    f"say where it is now with --{name} FOLDER"
+                )
+            if fingerprint(base.resolve()) != wanted:
+                raise ValueError(
+                    f"{folder} was trained on another {name} than the one in {base}: "
+                    f"fingerprint {wanted[:12]}, found {fingerprint(base.resolve())[:12]}"
+                )
+        model = cls(config, dtype)
+        try:
+            weights = load_file(folder / "llast.safetensors")
+        except SafetensorError as error:
+            raise ValueError(f"{folder}/llast.safetensors is damaged: {error}") from error
+        trained = model.trained()
+        must_match(trained, weights, folder)
+        for name, tensor in trained.items():
+            tensor.copy_(weights[name])
+        return model.to(device).eval()
+
+
+def read_about(folder: Path) -> tuple[LLaSTConfig, dict[str, str]]:
+    """llast.json: the configuration, its folders made whole, and the bases' fingerprints."""
+    for name in ("llast.json", "llast.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is no saved LLaST: it has no {name}")
+    try:
+        about = json.loads((folder / "llast.json").read_text())
+        config = about["config"] | {"directions": tuple(about["config"]["directions"])}
+        for name in ("encoder", "llm"):
+            config[name] = os.path.normpath(folder / config[name])
+        return LLaSTConfig(**config), about["fingerprints"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}/llast.json cannot be used: {error!r}") from error
+
+
+@lru_cache
+def fingerprint(base: Path) -> str:
+    """SHA-256 of what a base folder computes with: configuration, weights, tokenizer."""
+    digest = hashlib.sha256()
+    for file in sorted(base.iterdir()):
+        if file.name in ("config.json", "tokenizer.model") or file.suffix == ".safetensors":
+            digest.update(file.name.encode())
+            with open(file, "rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()

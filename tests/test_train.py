@@ -1,0 +1,167 @@
+"""The command line of train.py: what it writes, that it repeats itself, what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from llast import LLaST
+from translate import translate
+
+ROOT = Path(__file__).parents[1]
+CORPUS = ROOT / "tiny" / "corpus"
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """The first clips of the embedded French and German, so that an epoch takes seconds."""
+    for language in ("fr", "de"):
+        folder = tmp_path / "corpus" / language
+        folder.mkdir(parents=True)
+        (folder / "clips").symlink_to(CORPUS / language / "clips")
+        for name in ("validated.tsv", f"covost_v2.{language}_en.tsv"):
+            (folder / name).write_text((CORPUS / language / name).read_text())
+        table = folder / f"covost_v2.{language}_en.tsv"
+        header, *lines = table.read_text().splitlines()
+        kept = [
+            line
+            for split, n in (("train", 24), ("dev", 4), ("test", 4))
+            for line in [line for line in lines if line.endswith("\t" + split)][:n]
+        ]
+        table.write_text("\n".join([header, *kept]) + "\n")
+    return tmp_path / "corpus"
+
+
+def run(monkeypatch, *flags) -> int:
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    return train.main()
+
+
+def flags_for(corpus, out, *more):
+    return ("--data", corpus, "--out", out, "--epochs", 1, *more)
+
+
+def test_two_runs_with_one_seed_are_equal_and_another_seed_is_not(monkeypatch, corpus, tmp_path):
+    weights = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        assert run(monkeypatch, *flags_for(corpus, tmp_path / name, "--seed", seed)) == 0
+        weights.append(load_file(tmp_path / name / "llast.safetensors"))
+    a, b, c = weights
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not all(torch.equal(a[name], c[name]) for name in a)
+
+
+def test_a_run_writes_the_files_that_the_readme_names(monkeypatch, corpus, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(monkeypatch, *flags_for(corpus, out, "--lang", "fr,de", "--asr", 0.5)) == 0
+    results = json.loads((out / "results.json").read_text())
+    for direction in ("fr-en", "de-en"):
+        assert {"bleu", "bleu_lc", "chrf", "signature", "n"} <= results[direction].keys()
+        lines = (out / f"test.{direction}.tsv").read_text().splitlines()
+        assert lines[0].split("\t") == ["clip", "reference", "hypothesis", "score"]
+        assert len(lines) == 1 + results[direction]["n"] == 5
+    assert results["seconds"] > 0
+    steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if "loss" in line] == list(range(1, len(steps)))
+    assert "dev_loss" in steps[-1]
+
+    printed = capsys.readouterr().out
+    assert "fr-en       train         24" in printed  # the corpus as a table
+    assert "24          12" in printed  # to translate, to transcribe
+    for part in ("encoder LoRA", "projector", "LLM LoRA"):
+        assert part in printed
+    assert "python translate.py --model" in printed
+    clip = next((corpus / "de" / "clips").iterdir())
+    [result] = translate(LLaST.from_pretrained(out), [clip], source="de", max_new_tokens=4)
+    assert result.error is None
+
+
+def test_the_loss_falls(monkeypatch, corpus, tmp_path):
+    flags = flags_for(corpus, tmp_path / "run", "--asr", 0, "--batch", 300)
+    assert run(monkeypatch, *flags[:-4], "--epochs", 6, *flags[-4:]) == 0
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    losses = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+    assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
+
+
+def test_a_folder_with_another_configuration_is_refused_and_left_alone(
+    monkeypatch, corpus, tmp_path, capsys
+):
+    out = tmp_path / "run"
+    assert run(monkeypatch, *flags_for(corpus, out)) == 0
+    before = (out / "llast.safetensors").read_bytes()
+    assert run(monkeypatch, *flags_for(corpus, out, "--lr", 0.5)) == 2
+    assert "lr: 0.002 there, 0.5 now" in capsys.readouterr().err
+    assert (out / "llast.safetensors").read_bytes() == before
+
+    other = tmp_path / "letters"
+    other.mkdir()
+    (other / "love.txt").write_text("dear")
+    assert run(monkeypatch, *flags_for(corpus, other)) == 2
+    assert "no run of this program" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--lang", "german"), "did you mean 'de'"),
+        (("--lang", "it"), "looked for"),
+        (("--data", "/nowhere"), "no fr-en corpus in /nowhere"),
+        (("--asr", "2"), "from 0 (none) to 1"),
+        (("--preset", "llast-8b"), "give --encoder and --llm"),
+        (("--encoder", "/nowhere"), "/nowhere has no config.json"),
+    ],
+)
+def test_what_cannot_be_done_is_said(monkeypatch, tmp_path, capsys, flags, message):
+    assert run(monkeypatch, "--out", tmp_path / "run", *flags) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_clip_that_breaks_after_the_start_is_left_out_and_named(
+    monkeypatch, corpus, tmp_path, capsys
+):
+    import data
+
+    broken = "phrasebook_fr_00"
+
+    def load(path):
+        if path.name == next(iter(names)):
+            raise data.AudioError(f"{path}: the disk lost it")
+        return data.load_audio(path)
+
+    table = (corpus / "fr" / "covost_v2.fr_en.tsv").read_text().splitlines()
+    names = [line.split("\t")[0] for line in table if line.endswith("\ttrain")]
+    assert names[0].startswith(broken)
+    monkeypatch.setattr(data, "remembered_audio", load)
+    assert run(monkeypatch, *flags_for(corpus, tmp_path / "run")) == 0
+    assert f"{names[0]}: the disk lost it" in capsys.readouterr().out
+
+
+def test_ctrl_c_leaves_a_model_that_works(corpus, tmp_path):
+    out = tmp_path / "run"
+    flags = map(str, ("--data", corpus, "--out", out, "--epochs", 500))
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags])
+    log = out / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.is_file() and log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    clip = next((corpus / "fr" / "clips").iterdir())
+    [result] = translate(LLaST.from_pretrained(out), [clip], max_new_tokens=4)
+    assert result.error is None
+
+
+def test_a_short_run_of_both_tasks_reaches_every_trained_tensor(monkeypatch, corpus, tmp_path):
+    assert run(monkeypatch, *flags_for(corpus, tmp_path / "run")) == 0
+    weights = load_file(tmp_path / "run" / "llast.safetensors")
+    assert all(tensor.abs().sum() > 0 for name, tensor in weights.items() if "lora_B" in name)
