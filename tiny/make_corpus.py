@@ -1,0 +1,96 @@
+"""Make the embedded corpus: phrasebook sentences, spoken, in the layout of CoVoST-2.
+
+    python tiny/make_corpus.py          needs espeak-ng
+
+The dev and test sentences are drawn first; no sentence of theirs, in any of the four languages, is
+in the training part, nor in any text or speech that make_llm.py and make_encoder.py draw.
+"""
+
+import csv
+import random
+import shutil
+from collections.abc import Iterator
+from multiprocessing import Pool
+from pathlib import Path
+
+import phrasebook
+from speak import recording, write_opus
+
+TINY = Path(__file__).parent
+CORPUS = TINY / "corpus"
+SEED = 2407
+SIZES = {  # clips
+    "fr": {"test": 200, "dev": 80, "train": 1400},
+    "de": {"test": 100, "dev": 40, "train": 480},
+    "es": {"test": 100, "dev": 40, "train": 480},
+}
+COLUMNS = "client_id path sentence up_votes down_votes age gender accent".split()  # Common Voice 4
+
+
+def distinct(rng: random.Random, exclude: set[str]) -> Iterator[dict[str, str]]:
+    """Meanings that share no sentence, in any language, with `exclude` or with one another."""
+    exclude = set(exclude)
+    while True:
+        meaning = phrasebook.sentence(rng)
+        if exclude.isdisjoint(meaning.values()):
+            exclude.update(meaning.values())
+            yield meaning
+
+
+def held_out() -> dict[str, list[dict[str, str]]]:
+    """The meanings of dev and test: one list for all languages, as large as the largest needs."""
+    fresh = distinct(random.Random(SEED), set())
+    sizes = {split: max(size[split] for size in SIZES.values()) for split in ("test", "dev")}
+    return {split: [next(fresh) for _ in range(size)] for split, size in sizes.items()}
+
+
+def held_out_texts() -> set[str]:
+    """Every dev and test sentence in every language: what no training may see."""
+    meanings = [meaning for part in held_out().values() for meaning in part]
+    return {text for meaning in meanings for text in meaning.values()}
+
+
+def make_clip(job) -> str:
+    """Speak and write one clip; returns the voice. A function of its arguments alone."""
+    path, text, language, split = job
+    audio, voice = recording(text, language, split, random.Random(f"{SEED} {path.name}"))
+    write_opus(path, audio)
+    return voice
+
+
+def write_table(path: Path, columns: list[str], rows: list[dict[str, str]]):
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(
+            file, columns, delimiter="\t", quoting=csv.QUOTE_NONE, escapechar="\\",
+            lineterminator="\n", restval="", extrasaction="ignore",
+        )  # fmt: skip
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def make_language(language: str):
+    folder = CORPUS / language
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "clips").mkdir(parents=True)
+    fresh = distinct(random.Random(f"{SEED} {language}"), held_out_texts())
+    parts = held_out() | {"train": [next(fresh) for _ in range(SIZES[language]["train"])]}
+
+    rows = []
+    for split, size in SIZES[language].items():
+        for meaning in parts[split][:size]:
+            name = f"phrasebook_{language}_{len(rows):05d}.ogg"
+            row = {"path": name, "sentence": meaning[language], "translation": meaning["en"]}
+            rows.append(row | {"split": split, "up_votes": "2", "down_votes": "0"})
+    jobs = [(folder / "clips" / r["path"], r["sentence"], language, r["split"]) for r in rows]
+    with Pool() as pool:
+        for row, voice in zip(rows, pool.imap(make_clip, jobs, chunksize=16), strict=True):
+            row["client_id"] = voice
+    write_table(folder / "validated.tsv", COLUMNS, rows)
+    write_table(folder / f"covost_v2.{language}_en.tsv", ["path", "translation", "split"], rows)
+    megabytes = sum(job[0].stat().st_size for job in jobs) / 1e6
+    print(f"{language}: {len(rows)} clips, {megabytes:.1f} MB, {SIZES[language]}", flush=True)
+
+
+if __name__ == "__main__":
+    for language in SIZES:
+        make_language(language)

@@ -1,0 +1,202 @@
+"""Make the embedded encoder: a small Whisper encoder that has listened to the phrasebook.
+
+    python tiny/make_encoder.py         needs espeak-ng, and the tokenizer of make_llm.py
+
+It plays the part of Whisper's encoder. It learns by CTC to write down what is said, in the pieces
+of the LLM's vocabulary; the layer that wrote them is then thrown away. Voices and sentences of the
+embedded corpus's dev and test parts are not in it.
+"""
+
+import io
+import json
+import random
+import sys
+import time
+from multiprocessing import Pool
+from pathlib import Path
+
+import soundfile
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from make_corpus import CORPUS, distinct, held_out_texts
+from speak import recording, write_opus
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from data import group, load_audio, read_corpus  # noqa: E402
+from llama import Tokenizer  # noqa: E402
+from whisper_encoder import WhisperConfig, WhisperEncoder, clip_to_mel  # noqa: E402
+
+TINY = Path(__file__).parent
+FOLDER, SPEECH = TINY / "whisper", TINY / "build"
+LANGUAGES = ("fr", "de", "es")
+SEED = 2
+CLIPS = 7000  # of each language
+CONFIG = {
+    "architectures": ["WhisperModel"],
+    "model_type": "whisper",
+    "num_mel_bins": 80,
+    "d_model": 192,
+    "encoder_layers": 4,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 768,
+    "max_source_positions": 1500,
+    "activation_function": "gelu",
+    "scale_embedding": False,
+    "torch_dtype": "float16",
+}
+EPOCHS, LR, BUDGET = 5, 2e-3, 3200  # batches of BUDGET states
+
+Clip = tuple[Tensor, list[int]]  # log-mel (M, 2S) in half precision, and the pieces spoken
+
+
+def listen(job) -> Tensor:
+    """Speak one sentence, a quarter of the time through the corpus's codec. -> (M, 2S)"""
+    text, language, seed = job
+    torch.set_num_threads(1)
+    rng = random.Random(seed)
+    audio, _ = recording(text, language, "pretrain", rng)
+    if rng.random() < 0.25:
+        file = io.BytesIO()
+        write_opus(file, audio)
+        file.seek(0)
+        audio = torch.from_numpy(soundfile.read(file, dtype="float32")[0])
+    return clip_to_mel(audio, CONFIG["num_mel_bins"], "clip").half()
+
+
+def make_speech(language: str):
+    """CLIPS clips of one language into a file, so that training can be repeated without them."""
+    fresh = distinct(random.Random(f"{SEED} {language}"), held_out_texts())
+    texts = [next(fresh)[language] for _ in range(CLIPS)]
+    jobs = [(text, language, f"{SEED} {language} {i}") for i, text in enumerate(texts)]
+    with Pool() as pool:
+        mels = pool.map(listen, jobs, chunksize=32)
+    SPEECH.mkdir(exist_ok=True)
+    torch.save((mels, texts), SPEECH / f"{language}.pt")
+    print(
+        f"{language}: {len(texts)} clips, {sum(m.shape[1] for m in mels) / 6000:.0f} minutes",
+        flush=True,
+    )
+
+
+def dev_clips(language: str, tokenizer: Tokenizer) -> list[Clip]:
+    """The corpus's dev part, to watch how well unseen voices and sentences are heard."""
+    rows = read_corpus(CORPUS, language, "en")[0]["dev"]
+    mels = [clip_to_mel(load_audio(row.path), CONFIG["num_mel_bins"], "clip") for row in rows]
+    return [(mel, tokenizer.encode(row.sentence)) for mel, row in zip(mels, rows, strict=True)]
+
+
+def pad(mels: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """-> (B, M, 2S), (B,) states of each clip"""
+    batch = pad_sequence([mel.float().T for mel in mels], batch_first=True).transpose(1, 2)
+    return batch, torch.tensor([mel.shape[1] // 2 for mel in mels])
+
+
+def spec_augment(mel: Tensor) -> Tensor:
+    """Hide two bands of pitch and two moments of each clip (1904.08779), in place. (B, M, 2S)"""
+    B, M, frames = mel.shape
+    for clip in mel:
+        for _ in range(2):
+            low, wide = torch.randint(M - 12, ()), torch.randint(12, ())
+            clip[low : low + wide] = 0
+            start, long = torch.randint(max(1, frames - 15), ()), torch.randint(15, ())
+            clip[:, start : start + long] = 0
+    return mel
+
+
+@torch.no_grad()
+def error_rate(encoder: WhisperEncoder, head: nn.Linear, clips: list[Clip]) -> float:
+    """Wrong, missing and extra pieces of the best path, as a share of the pieces spoken."""
+    wrong = total = 0
+    mel, lengths = pad([mel for mel, _ in clips])
+    best = head(encoder(mel, lengths)).argmax(-1)
+    for path, n, (_, said) in zip(best, lengths, clips, strict=True):
+        heard = [
+            i for i in torch.unique_consecutive(path[:n]).tolist() if i != head.out_features - 1
+        ]
+        row = list(range(len(said) + 1))
+        for h in heard:
+            diagonal, row[0] = row[0], row[0] + 1
+            for j, s in enumerate(said, 1):
+                diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (h != s))
+        wrong, total = wrong + row[-1], total + len(said)
+    return wrong / total
+
+
+def save(encoder: WhisperEncoder):
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    weights = encoder.state_dict().items()
+    weights = {f"model.encoder.{name}": tensor.half().contiguous() for name, tensor in weights}
+    save_file(weights, FOLDER / "model.safetensors", metadata={"format": "pt"})
+
+
+def train():
+    torch.manual_seed(SEED)
+    tokenizer = Tokenizer(TINY / "llama")
+    clips: list[Clip] = []
+    for language in LANGUAGES:
+        mels, texts = torch.load(SPEECH / f"{language}.pt", weights_only=True)
+        clips += [(mel, tokenizer.encode(text)) for mel, text in zip(mels, texts, strict=True)]
+    dev = {language: dev_clips(language, tokenizer) for language in LANGUAGES}
+
+    encoder = WhisperEncoder(
+        WhisperConfig(**{k: CONFIG[k] for k in WhisperConfig.__dataclass_fields__})
+    )
+    half = CONFIG["d_model"] // 2
+    step = torch.exp(-torch.arange(half) * torch.log(torch.tensor(1e4)) / (half - 1))
+    angle = torch.arange(CONFIG["max_source_positions"])[:, None] * step
+    encoder.embed_positions.weight.data = torch.cat([angle.sin(), angle.cos()], dim=1)
+    encoder.embed_positions.weight.requires_grad = False
+    blank = tokenizer.vocab_size
+    head = nn.Linear(CONFIG["d_model"], blank + 1)
+
+    def size_of(clip: Clip) -> int:
+        return clip[0].shape[1] // 2
+
+    steps = EPOCHS * len(group(clips, size_of, BUDGET, SEED, 0))
+    weights = [p for p in (*encoder.parameters(), *head.parameters()) if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=LR, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / 300, 1) * max(0.01, 1 - i / steps)
+    )
+    start = time.time()
+    for epoch in range(EPOCHS):
+        random.Random(f"{SEED} {epoch}").shuffle(clips)
+        losses = []
+        for batch in group(clips, size_of, BUDGET, SEED, epoch):
+            mel, lengths = pad([mel for mel, _ in batch])
+            with torch.autocast("cpu", torch.bfloat16):
+                states = encoder(spec_augment(mel), lengths)
+            scores = head(states.float()).log_softmax(-1).transpose(0, 1)
+            pieces = [torch.tensor(pieces) for _, pieces in batch]
+            n_pieces = torch.tensor([len(p) for p in pieces])
+            loss = F.ctc_loss(
+                scores, torch.cat(pieces), lengths, n_pieces, blank=blank, zero_infinity=True
+            )
+            loss.backward()
+            nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            losses.append(loss.item())
+            if len(losses) % 100 == 0:
+                mean = sum(losses[-100:]) / 100
+                print(f"epoch {epoch} step {len(losses)} of {steps // EPOCHS} loss {mean:.3f} "
+                      f"seconds {time.time() - start:.0f}", flush=True)  # fmt: skip
+        encoder.eval()
+        errors = {language: round(error_rate(encoder, head, dev[language]), 3) for language in dev}
+        print(
+            f"epoch {epoch} errors in pieces on unseen voices and sentences: {errors}", flush=True
+        )
+        save(encoder)
+
+
+if __name__ == "__main__":
+    for language in LANGUAGES:
+        if not (SPEECH / f"{language}.pt").exists():
+            make_speech(language)
+    train()

@@ -1,0 +1,198 @@
+"""Make the embedded LLM: a sentencepiece tokenizer and a small Llama that can translate text.
+
+    python tiny/make_llm.py
+
+It plays the part of Llama-2-chat: it follows the two instructions of data.prompt_for, with written
+text where LLaST will put speech. It never sees audio, nor a dev or test sentence.
+"""
+
+import io
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+import phrasebook
+from make_corpus import held_out, held_out_texts
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from data import AUDIO_ID, IGNORE, INSTRUCTIONS, LANGUAGES, prompt_for, prompt_ids  # noqa: E402
+from llama import Llama, LlamaConfig, Tokenizer  # noqa: E402
+
+FOLDER = Path(__file__).parent / "llama"
+SEED = 1
+VOCAB = 1300
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 672,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": VOCAB,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 512,
+    "hidden_act": "silu",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "float16",
+}
+STEPS, ROWS, LR = 2500, 64, 2e-3
+
+
+def make_tokenizer():
+    """Byte-pair pieces over the phrasebook's words, with bytes for everything else, as Llama's."""
+    rng, held = random.Random(SEED), held_out_texts()
+    texts = [text for _ in range(20_000) for text in phrasebook.sentence(rng).values()]
+    texts = [text for text in texts if text not in held]
+    names = sorted(LANGUAGES[code] for code in phrasebook.LANGS)
+    for instruction in INSTRUCTIONS.values():
+        for source in names:
+            for target in names:
+                line = f"[INST] {instruction.format(source=source, target=target)} [/INST]"
+                texts += [line] * 200
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=VOCAB,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        character_coverage=1.0,
+        split_digits=True,
+        minloglevel=2,
+    )
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / "tokenizer.model").write_bytes(model.getvalue())
+    (FOLDER / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+
+
+class Texts:
+    """Training rows, drawn without end."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.rng, self.held = tokenizer, random.Random(SEED), held_out_texts()
+        self.filler = tokenizer.pieces.piece_to_id("▁")
+
+    def meaning(self, share_of_phrases: float) -> dict[str, str]:
+        """Short pieces first: without them the model learns grammar but no translation."""
+        while True:
+            short = self.rng.random() < share_of_phrases
+            meaning = phrasebook.phrase(self.rng) if short else phrasebook.sentence(self.rng)
+            if self.held.isdisjoint(meaning.values()):
+                return meaning
+
+    def worn(self, ids: list[int]) -> list[int]:
+        """Text as a bad line gives it: pieces repeated, spaced out, sometimes wrong or lost.
+
+        A large LLM understands such text; a small one must have met it, or speech that is a little
+        unclear is nothing to it.
+        """
+        out = []
+        for i in ids:
+            chance = self.rng.random()
+            if chance < 0.03:
+                continue
+            if chance < 0.07:
+                i = self.rng.randrange(259, VOCAB)
+            out += [i] * self.rng.choice((1, 1, 1, 2, 3))
+            out += [self.filler] * self.rng.choice((0, 0, 0, 1, 2))
+        return out
+
+    def row(self, share_of_phrases: float) -> tuple[list[int], list[int]]:
+        """Ids and labels of one row: 3/4 translation, 1/8 repetition, 1/8 plain text."""
+        meaning, encode = self.meaning(share_of_phrases), self.tokenizer.encode
+        kind = self.rng.random()
+        foreign = self.rng.choice(("fr", "de", "es"))
+        if kind < 1 / 8:
+            text = encode(meaning[self.rng.choice(phrasebook.LANGS)])
+            row = [self.tokenizer.bos_id, *text, self.tokenizer.eos_id]
+            return row, [IGNORE] + row[1:]
+        if kind < 2 / 8:
+            task, source, target = "asr", foreign, foreign
+        elif kind < 3 / 8:
+            task, source, target = "st", "en", foreign
+        else:
+            task, source, target = "st", foreign, "en"
+        text = encode(meaning[source])
+        if self.rng.random() < 0.5:
+            text = self.worn(text)
+        prompt = []
+        for i in prompt_ids(prompt_for(task, source, target), self.tokenizer):
+            prompt += text if i == AUDIO_ID else [i]
+        answer = encode(meaning[target]) + [self.tokenizer.eos_id]
+        return prompt + answer, [IGNORE] * len(prompt) + answer
+
+
+def loss_of(model: Llama, rows) -> torch.Tensor:
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(i) for i, _ in rows], batch_first=True)
+    labels = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(labels) for _, labels in rows], batch_first=True, padding_value=IGNORE
+    )
+    hidden, _ = model.hidden(model.embed(ids))
+    here = labels[:, 1:] != IGNORE
+    return F.cross_entropy(model.logits(hidden[:, :-1][here]).float(), labels[:, 1:][here])
+
+
+@torch.no_grad()
+def exact_share(model: Llama, tokenizer: Tokenizer, source: str) -> float:
+    """Share of the written dev sentences that greedy search translates letter by letter."""
+    meanings, right = held_out()["dev"], 0
+    for meaning in meanings:
+        ids = []
+        for i in prompt_ids(prompt_for("st", source, "en"), tokenizer):
+            ids += tokenizer.encode(meaning[source]) if i == AUDIO_ID else [i]
+        start = len(ids)
+        while len(ids) < start + 40 and ids[-1] != tokenizer.eos_id:
+            ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+        right += tokenizer.decode(ids[start:]) == meaning["en"]
+    return right / len(meanings)
+
+
+def train():
+    torch.manual_seed(SEED)
+    tokenizer = Tokenizer(FOLDER)
+    model = Llama(LlamaConfig.from_json(FOLDER / "config.json"))
+    for weight in model.parameters():
+        if weight.dim() == 2:
+            torch.nn.init.normal_(weight, std=0.02)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 100, 1) * max(0.01, 1 - step / STEPS)
+    )
+    texts, start = Texts(tokenizer), time.time()
+    for step in range(1, STEPS + 1):
+        rows = [texts.row(max(0.1, 1 - 2 * step / STEPS)) for _ in range(ROWS)]
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(model, rows)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 200 == 0:
+            seconds = time.time() - start
+            print(f"step {step} loss {loss.item():.3f} seconds {seconds:.0f}", flush=True)
+        if step % 1000 == 0:
+            shares = {
+                source: exact_share(model, tokenizer, source) for source in ("fr", "de", "es")
+            }
+            print(f"exact text translations of unseen sentences: {shares}", flush=True)
+    weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, FOLDER / "model.safetensors", metadata={"format": "pt"})
+
+
+if __name__ == "__main__":
+    make_tokenizer()
+    train()
