@@ -36,9 +36,12 @@ LANGUAGES = {  # Common Voice's codes and the names that the prompt uses
 def check_language(code: str) -> str:
     """The code itself, if the project knows it; else an error that names the nearest."""
     if code not in LANGUAGES:
-        near = difflib.get_close_matches(code.lower(), LANGUAGES, n=1, cutoff=0.3)
-        near += [c for c, name in LANGUAGES.items() if name.lower() == code.lower()]
-        hint = f"did you mean {near[-1]!r}? " if near else ""
+        known = {name.lower(): c for c, name in LANGUAGES.items()} | {
+            c.lower(): c for c in LANGUAGES
+        }
+        near = [name for name in known if name.startswith(code.lower())]
+        near = near or difflib.get_close_matches(code.lower(), known, n=1, cutoff=0.5)
+        hint = f"did you mean {known[near[0]]!r}? " if near and code else ""
         raise ValueError(f"unknown language {code!r}; {hint}Known: {', '.join(LANGUAGES)}")
     return code
 
@@ -54,19 +57,36 @@ class AudioError(ValueError):
         self.path, self.reason = path, reason
 
 
-def load_audio(path) -> Tensor:
-    """Any file that soundfile reads (wav, flac, ogg, mp3) -> (N,) at 16 kHz, mono, within -1..1."""
-    path = Path(path)
+def open_audio(path: Path) -> soundfile.SoundFile:
+    """The file, opened, once it is known to be one that can be read."""
     if not path.is_file():
         raise AudioError(path, "no such file")
     if path.stat().st_size == 0:
         raise AudioError(path, "the file is empty")
     try:
-        with soundfile.SoundFile(path) as file:
-            promised, rate = file.frames, file.samplerate
-            samples = file.read(dtype="float32", always_2d=True)  # (N, channels)
+        file = soundfile.SoundFile(path)
     except soundfile.LibsndfileError as error:
         raise AudioError(path, f"not readable as audio ({error.error_string})") from error
+    if file.frames > 1 << 40:  # what a FLAC that was streamed says of itself
+        raise AudioError(path, "its header does not say how long it is; convert it once more")
+    return file
+
+
+def audio_seconds(path) -> float:
+    """How long a clip is by its header, without decoding it."""
+    with open_audio(Path(path)) as file:
+        return file.frames / file.samplerate
+
+
+def load_audio(path) -> Tensor:
+    """Any file that soundfile reads (wav, flac, ogg, mp3) -> (N,) at 16 kHz, mono, within -1..1."""
+    path = Path(path)
+    with open_audio(path) as file:
+        promised, rate = file.frames, file.samplerate
+        try:
+            samples = file.read(dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError as error:
+            raise AudioError(path, f"not readable as audio ({error.error_string})") from error
     audio = torch.from_numpy(samples).mean(dim=1)  # (N,)
     if len(audio) == 0:
         raise AudioError(path, "the clip has no samples")
@@ -146,7 +166,7 @@ def corpus_languages(root) -> list[str]:
 
 
 def read_corpus(root, source: str, target: str) -> tuple[dict[str, list[Row]], list[str]]:
-    """All rows of one direction by split ("train", "dev", "test"), and why clips were left out.
+    """All rows of one direction by split ("train", "dev", "test"), and which clips are unusable.
 
     root/SOURCE holds clips/, validated.tsv (path, sentence) and covost_v2.SOURCE_TARGET.tsv (path,
     translation, split), joined on path as CoVoST's get_covost_splits.py does.
@@ -161,23 +181,24 @@ def read_corpus(root, source: str, target: str) -> tuple[dict[str, list[Row]], l
                 f"Languages with data there: {have}"
             )
     sentences = {row["path"]: row["sentence"] for row in read_tsv(spoken, ("path", "sentence"))}
-    splits, left_out = {"train": [], "dev": [], "test": []}, []
+    splits, unusable = {"train": [], "dev": [], "test": []}, []
     for row in read_tsv(translated, ("path", "translation", "split")):
         split = "train" if row["split"] == "train_covost" else row["split"]
         if row["path"] not in sentences or split not in splits:
             continue  # the official script joins the same way
         path = folder / "clips" / row["path"]
         try:
-            seconds = soundfile.info(path).duration
-        except soundfile.LibsndfileError as error:
-            left_out.append(f"{path}: {error.error_string}")
-            continue
-        if not 0 < seconds <= MAX_SECONDS:
-            left_out.append(f"{path}: {seconds:.1f} s long, not within 0 to {MAX_SECONDS}")
-            continue
+            seconds = audio_seconds(path)
+            if not 0 < seconds <= MAX_SECONDS:
+                raise AudioError(path, f"{seconds:.1f} s long, not within 0 to {MAX_SECONDS}")
+        except AudioError as error:
+            unusable.append(str(error))
+            if split == "train":
+                continue
+            seconds = 0.0  # a test clip stays: leaving it out would make the score another one
         texts = sentences[row["path"]], row["translation"]
         splits[split].append(Row(path, *texts, source, target, seconds))
-    return splits, left_out
+    return splits, unusable
 
 
 # ------------------------------------------------------------------------------------------ prompts

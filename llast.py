@@ -229,7 +229,7 @@ def read_about(folder: Path) -> tuple[LLaSTConfig, dict[str, str]]:
         about = json.loads((folder / "llast.json").read_text())
         config = about["config"] | {"directions": tuple(about["config"]["directions"])}
         for name in ("encoder", "llm"):
-            config[name] = os.path.normpath(folder / config[name])
+            config[name] = os.path.normpath(folder.resolve() / config[name])
         return LLaSTConfig(**config), about["fingerprints"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}/llast.json cannot be used: {error!r}") from error

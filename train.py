@@ -157,11 +157,11 @@ def read_all(args: argparse.Namespace, languages: list[str]) -> dict[str, list[R
     """The splits of all languages together; clips that cannot be used are counted and named."""
     splits = {"train": [], "dev": [], "test": []}
     for language in languages:
-        found, left_out = read_corpus(args.data, language, "en")
-        for reason in left_out[:5]:
-            print(f"left out: {reason}")
-        if left_out:
-            print(f"{language}: {len(left_out)} clips left out, the first are named above")
+        found, unusable = read_corpus(args.data, language, "en")
+        for reason in unusable[:5]:
+            print(f"cannot be used: {reason}")
+        if unusable:
+            print(f"{language}: {len(unusable)} clips cannot be used; the first are named above")
         for split, rows in found.items():
             if not rows:
                 raise ValueError(f"the {language}-en corpus in {args.data} has no {split} clips")

@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from data import (
     MAX_SECONDS,
-    SAMPLE_RATE,
     AudioError,
     Row,
+    audio_seconds,
     check_language,
     load_audio,
     prompt_for,
@@ -172,31 +172,40 @@ def translate(
 
     A clip that cannot be used gets an `error` and an empty text; the others are not touched by it.
     """
-    was_training = model.training
-    model.eval()
-    results, clips = [Translation(str(path)) for path in paths], {}
+    prompt = prompt_for(task, source, target, model.config.template)
+    ids = torch.tensor(prompt_ids(prompt, model.tokenizer)).to(model.device)
+    results = [Translation(str(path)) for path in paths]
+    seconds = {}
     for i, path in enumerate(paths):
         try:
-            clips[i] = load_audio(path)
-            if (seconds := len(clips[i]) / SAMPLE_RATE) > MAX_SECONDS:
-                reason = f"{seconds:.1f} s long; the encoder hears {MAX_SECONDS} s: split the clip"
+            seconds[i] = audio_seconds(path)
+            if seconds[i] > MAX_SECONDS:
+                reason = (
+                    f"{seconds[i]:.1f} s long; the encoder hears {MAX_SECONDS} s: split the clip"
+                )
                 raise AudioError(path, reason)
         except AudioError as error:
-            clips.pop(i, None)
+            seconds.pop(i, None)
             results[i].error = str(error)
 
-    ids = torch.tensor(
-        prompt_ids(prompt_for(task, source, target, model.config.template), model.tokenizer)
-    ).to(model.device)
-    order = sorted(clips, key=lambda i: len(clips[i]))  # similar lengths waste little padding
+    was_training = model.training
+    model.eval()
+    order = sorted(seconds, key=seconds.get)  # similar lengths waste little padding
     for start in tqdm(range(0, len(order), batch_size), "translating", disable=not progress):
-        batch = order[start : start + batch_size]
+        clips = {}
+        for i in order[start : start + batch_size]:
+            try:
+                clips[i] = load_audio(paths[i])
+            except AudioError as error:
+                results[i].error = str(error)
+        if not clips:
+            continue
         with torch.inference_mode():
-            speech = model.encode_speech([clips[i] for i in batch])
+            speech = model.encode_speech(list(clips.values()))
             prompts = [model.splice(ids, heard) for heard in speech]
         eos_ids = model.tokenizer.eos_ids
         answers = beam_search(model.llm, prompts, eos_ids, beams, length_penalty, max_new_tokens)
-        for i, hypotheses in zip(batch, answers, strict=True):
+        for i, hypotheses in zip(clips, answers, strict=True):
             texts = [(model.tokenizer.decode(h.ids), round(h.score, 4)) for h in hypotheses]
             results[i].text, results[i].score = texts[0]
             results[i].n_best = [{"text": t, "score": s} for t, s in texts[:n_best]]
@@ -235,10 +244,15 @@ def score_rows(model: LLaST, rows: list[Row], tsv: Path | None = None, **how) ->
         lines = ["clip\treference\thypothesis\tscore"]
         for row, result in zip(rows, results, strict=True):
             cells = row.path.name, row.translation, result.text, str(result.score)
-            lines.append("\t".join(cell.replace("\t", " ").replace("\n", " ") for cell in cells))
+            lines.append("\t".join(map(one_line, cells)))
         tsv.write_text("\n".join(lines) + "\n", encoding="utf-8")
     scores = score([result.text for result in results], [row.translation for row in rows])
     return scores | {"failed": len(failed)}
+
+
+def one_line(text: str) -> str:
+    """Text that stays in its cell and on its line."""
+    return " ".join(text.split())
 
 
 def describe(direction: str, scores: dict) -> str:
@@ -270,7 +284,7 @@ def audio_paths(arguments: list[str]) -> list[Path]:
                 raise FileNotFoundError(f"{argument} holds no {', '.join(AUDIO_FILES)} file")
             paths += inside
         elif argument.suffix == ".txt":
-            lines = argument.read_text(encoding="utf-8").splitlines()
+            lines = argument.read_text(encoding="utf-8-sig").splitlines()
             paths += [argument.parent / line.strip() for line in lines if line.strip()]
         else:
             paths.append(argument)
@@ -318,16 +332,19 @@ def show(result: Translation, args: argparse.Namespace):
     elif result.error:
         print(result.error, file=sys.stderr)
     elif args.n_best == 1:
-        print(f"{result.path}\t{result.text}")
+        print(f"{result.path}\t{one_line(result.text)}")
     else:
         for answer in result.n_best:
-            print(f"{result.path}\t{answer['score']:.3f}\t{answer['text']}")
+            print(f"{result.path}\t{answer['score']:.3f}\t{one_line(answer['text'])}")
 
 
 def run(args: argparse.Namespace) -> int:
     if not args.audio and not args.test:
         raise ValueError("nothing to do: name audio files, or a test set with --test fr")
-    if not 1 <= args.n_best <= args.beams:
+    for name in ("beams", "max_new_tokens", "n_best", "batch"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; 1 is the least")
+    if args.n_best > args.beams:
         raise ValueError(f"--n-best {args.n_best} wants that many beams; --beams is {args.beams}")
     folder = args.model or newest_run(HERE / "runs")
     if not args.model:
@@ -344,6 +361,8 @@ def run(args: argparse.Namespace) -> int:
     failed = 0
     for lang in args.test.split(",") if args.test else []:
         rows = read_corpus(args.data, choose_source(model, lang, folder), "en")[0]["test"]
+        if not rows:
+            raise ValueError(f"the {lang}-en corpus in {args.data} has no test clips")
         tsv = folder / f"test.{lang}-en.tsv"
         scores = score_rows(model, rows, tsv, progress=True, **how)
         print(json.dumps(scores) if args.json else describe(f"{lang}-en", scores))

@@ -1,0 +1,452 @@
+"""data.py: resampling, reading audio and corpora, the rows that are learnt, and batches."""
+
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import data
+import toys
+from data import AUDIO, AUDIO_ID, BOS, EOS, IGNORE, AudioError, Batches, Example, Row
+from llama import Tokenizer
+
+RATES = (8000, 22050, 44099, 44100, 48000)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return Tokenizer(toys.llama_folder(tmp_path_factory.mktemp("bases") / "llama"))
+
+
+def tone(hertz: float, rate: int, seconds: float = 0.2) -> np.ndarray:
+    return np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
+
+
+def middle(audio: torch.Tensor) -> np.ndarray:
+    """16 kHz samples without the 20 ms at either end, where the filter sees past the clip."""
+    return audio.double().numpy()[320:-320]
+
+
+def write(path: Path, samples, rate: int = 16000, **how) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.asarray(samples, dtype=np.float32), rate, **how)
+    return path
+
+
+# ----------------------------------------------------------------------------------------- resample
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_resampling_keeps_level_and_phase_of_tones_below_the_cut_off(rate):
+    for hertz in (100, 1000, 3500) if rate < 16000 else (100, 1000, 5000, 7000):
+        heard = data.resample(torch.tensor(tone(hertz, rate)).float(), rate, 16000)
+        exact = torch.tensor(tone(hertz, 16000))
+        np.testing.assert_allclose(middle(heard[: len(exact)]), middle(exact), atol=1e-3)
+
+
+@pytest.mark.parametrize("rate", [rate for rate in RATES if rate > 16000])
+def test_tones_that_16_khz_cannot_hold_vanish_instead_of_folding_back(rate):
+    for hertz in (8100, 9000, 0.49 * rate):
+        heard = middle(data.resample(torch.tensor(tone(hertz, rate)).float(), rate, 16000))
+        assert 20 * np.log10(np.abs(heard).max()) < -60, f"{hertz} Hz"
+
+
+def test_resampling_to_the_same_rate_changes_nothing():
+    audio = torch.rand(100)
+    assert torch.equal(data.resample(audio, 16000, 16000), audio)
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("n", [1, 2, 999, 48001])
+def test_a_resampled_clip_is_as_long_as_before_rounded_up(rate, n):
+    assert len(data.resample(torch.zeros(n), rate, 16000)) == math.ceil(n * 16000 / rate)
+
+
+def test_long_clips_are_resampled_in_pieces_that_join_without_a_seam():
+    long = tone(440, 22050, seconds=2.5)
+    heard = middle(data.resample(torch.tensor(long).float(), 22050, 16000))
+    np.testing.assert_allclose(heard, middle(torch.tensor(tone(440, 16000, 2.5))), atol=1e-3)
+
+
+# --------------------------------------------------------------------------------------- load_audio
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "channels", "tolerance"),
+    [
+        ("a.wav", 16000, 1, 1e-3),
+        ("a.wav", 8000, 2, 1e-3),
+        ("a.flac", 44100, 2, 1e-3),
+        ("a.flac", 48000, 6, 1e-3),
+        ("a.ogg", 22050, 1, 0.05),  # lossy
+        ("a.ogg", 48000, 2, 0.05),
+        ("a.mp3", 44100, 2, 0.05),
+        ("a.mp3", 16000, 1, 0.05),
+    ],
+)
+def test_any_format_rate_and_channel_count_becomes_16_khz_mono(
+    tmp_path, name, rate, channels, tolerance
+):
+    levels = np.linspace(0.1, 0.6, channels)  # channels differ, so that their mean shows
+    file = write(tmp_path / name, tone(440, rate, 0.5)[:, None] * levels, rate)
+    audio = data.load_audio(file)
+    assert audio.dtype == torch.float32 and audio.shape == (8000,)
+    expected = tone(440, 16000, 0.5) * levels.mean()
+    np.testing.assert_allclose(middle(audio), expected[320:-320], atol=tolerance)
+
+
+def test_a_clip_that_cannot_be_used_is_named_with_the_reason(tmp_path):
+    noise = np.random.default_rng(0).normal(size=16000) * 0.1
+    whole = write(tmp_path / "whole.flac", noise).read_bytes()
+    (tmp_path / "half.flac").write_bytes(whole[: len(whole) // 2])
+    whole = write(tmp_path / "whole.mp3", noise).read_bytes()
+    (tmp_path / "half.mp3").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.wav").touch()
+    (tmp_path / "random.wav").write_bytes(np.random.default_rng(0).bytes(999))
+    write(tmp_path / "silent.wav", [])
+    write(tmp_path / "nan.wav", [0.1, np.nan, 0.1], subtype="FLOAT")
+    write(tmp_path / "infinite.wav", [0.1, np.inf, 0.1], subtype="FLOAT")
+    for name, reason in {
+        "missing.wav": "no such file",
+        "empty.wav": "the file is empty",
+        "random.wav": "not readable as audio",
+        "half.flac": "not readable as audio|cut short",
+        "half.mp3": "not readable as audio|cut short",
+        "silent.wav": "no samples",
+        "nan.wav": "not numbers",
+        "infinite.wav": "not numbers",
+    }.items():
+        with pytest.raises(AudioError, match=f"{name}: .*({reason})"):
+            data.load_audio(tmp_path / name)
+
+
+# ---------------------------------------------------------------------------------------- languages
+
+
+def test_an_unknown_language_is_answered_with_the_nearest():
+    for typed, meant in (("german", "de"), ("French", "fr"), ("zh", "zh-CN"), ("FR", "fr")):
+        with pytest.raises(ValueError, match=f"unknown language '{typed}'; did you mean '{meant}'"):
+            data.check_language(typed)
+    assert data.check_language("sv-SE") == "sv-SE"
+
+
+# ------------------------------------------------------------------------------------------ corpora
+
+
+def test_quotes_are_text_a_backslash_escapes_and_windows_files_are_read(tmp_path):
+    table = 'path\tsentence\r\na.mp3\t"Oui", dit-il\r\nb.mp3\tune \\\t tabulation et "l\'été\r\n'
+    (tmp_path / "t.tsv").write_bytes(b"\xef\xbb\xbf" + table.encode())
+    assert data.read_tsv(tmp_path / "t.tsv", ("path", "sentence")) == [
+        {"path": "a.mp3", "sentence": '"Oui", dit-il'},
+        {"path": "b.mp3", "sentence": "une \t tabulation et \"l'été"},
+    ]
+
+
+def test_a_missing_column_is_named_with_its_file(tmp_path):
+    (tmp_path / "t.tsv").write_text("path\ttext\na\tb\n")
+    with pytest.raises(ValueError, match=r"t\.tsv: no column \['sentence'\]"):
+        data.read_tsv(tmp_path / "t.tsv", ("path", "sentence"))
+
+
+CORPUS = {  # clip: sentence, translation, split; None where a table has no line for it
+    "train.wav": ("un", "one", "train"),
+    "more.wav": ("deux", "two", "train_covost"),
+    "dev.wav": ("trois", "three", "dev"),
+    "test.wav": ("quatre", "four", "test"),
+    "dev_covost.wav": ("cinq", "five", "dev_covost"),  # only train has an extended split
+    "odd.wav": ("six", "six", "validated"),
+    "unsaid.wav": (None, "seven", "train"),
+    "untranslated.wav": ("huit", None, None),
+    "missing.wav": ("neuf", "nine", "train"),
+    "broken.wav": ("dix", "ten", "train"),
+    "long.wav": ("onze", "eleven", "test"),
+    "empty.wav": ("douze", "twelve", "dev"),
+}
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    clips = tmp_path / "fr" / "clips"
+    spoken, translated = ["client_id\tpath\tsentence"], ["path\ttranslation\tsplit\tclient_id"]
+    for name, (sentence, translation, split) in CORPUS.items():
+        seconds = {"long.wav": 30.01, "empty.wav": 0}.get(name, 0.5)
+        write(clips / name, np.zeros(round(seconds * 1000)), rate=1000)
+        if sentence:
+            spoken.append(f"x\t{name}\t{sentence}")
+        if translation:
+            translated.append(f"{name}\t{translation}\t{split}\tx")
+    (clips / "missing.wav").unlink()
+    (clips / "broken.wav").write_bytes(b"no audio at all")
+    (tmp_path / "fr" / "validated.tsv").write_text("\n".join(spoken) + "\n")
+    (tmp_path / "fr" / "covost_v2.fr_en.tsv").write_text("\n".join(translated) + "\n")
+    return tmp_path
+
+
+def test_a_corpus_is_joined_and_split_as_covost_does(corpus):
+    splits, _ = data.read_corpus(corpus, "fr", "en")
+
+    def row(name, seconds=0.5):
+        sentence, translation, _ = CORPUS[name]
+        return Row(corpus / "fr" / "clips" / name, sentence, translation, "fr", "en", seconds)
+
+    # A clip that cannot be used leaves the training part only: a score counts every clip.
+    assert splits == {
+        "train": [row("train.wav"), row("more.wav")],
+        "dev": [row("dev.wav"), row("empty.wav", 0.0)],
+        "test": [row("test.wav"), row("long.wav", 0.0)],
+    }
+
+
+def test_clips_that_are_missing_broken_or_too_long_are_named(corpus):
+    _, unusable = data.read_corpus(corpus, "fr", "en")
+    assert [Path(line.split(": ")[0]).name for line in unusable] == [
+        "missing.wav",
+        "broken.wav",
+        "long.wav",
+        "empty.wav",
+    ]
+    assert "30.0 s long" in unusable[2] and "0.0 s long" in unusable[3]
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("ger", "de"),
+        ("german", "de"),
+        ("Germn", "de"),
+        ("spa", "es"),
+        ("zh", "zh-CN"),
+        ("FR", "fr"),
+    ],
+)
+def test_an_unknown_language_is_answered_with_the_nearest(typed, meant):
+    with pytest.raises(ValueError, match=f"did you mean '{meant}'"):
+        data.check_language(typed)
+
+
+def test_a_language_without_data_is_answered_with_what_there_is(corpus):
+    with pytest.raises(FileNotFoundError, match=r"no de-en corpus.*de/validated\.tsv.*there: fr"):
+        data.read_corpus(corpus, "de", "en")
+    with pytest.raises(FileNotFoundError, match=r"looked for .*covost_v2\.fr_de\.tsv"):
+        data.read_corpus(corpus, "fr", "de")
+    with pytest.raises(FileNotFoundError, match="Languages with data there: none"):
+        data.read_corpus(corpus / "nowhere", "fr", "en")
+
+
+# ----------------------------------------------------------------------------------------- the rows
+
+STUDIED = Row(Path("a.wav"), "Le chat dort.", "The cat sleeps.", "fr", "en", 1.0)
+
+# Every row that can be learnt, piece by piece; True where it carries loss.
+PICTURES = {
+    ("llama2", "st"): [
+        (BOS, False),
+        ("[INST] ", False),
+        (AUDIO, False),
+        ("\nPlease translate the French sentence into English. [/INST]", False),
+        ("The cat sleeps.", True),
+        (EOS, True),
+    ],
+    ("llama2", "asr"): [
+        (BOS, False),
+        ("[INST] ", False),
+        (AUDIO, False),
+        ("\nPlease transcribe the French sentence into French. [/INST]", False),
+        ("Le chat dort.", True),
+        (EOS, True),
+    ],
+    ("tinyllama", "st"): [
+        (BOS, False),
+        ("<|user|>\n", False),
+        (AUDIO, False),
+        ("\nPlease translate the French sentence into English.", False),
+        (EOS, False),
+        ("\n<|assistant|>", False),
+        (EOS, False),
+        ("\n", False),
+        ("The cat sleeps.", True),
+        (EOS, True),
+    ],
+    ("tinyllama", "asr"): [
+        (BOS, False),
+        ("<|user|>\n", False),
+        (AUDIO, False),
+        ("\nPlease transcribe the French sentence into French.", False),
+        (EOS, False),
+        ("\n<|assistant|>", False),
+        (EOS, False),
+        ("\n", False),
+        ("Le chat dort.", True),
+        (EOS, True),
+    ],
+}
+
+
+def test_every_template_and_task_has_its_picture():
+    assert set(PICTURES) == {(t, task) for t in data.TEMPLATES for task in data.INSTRUCTIONS}
+
+
+@pytest.mark.parametrize(("template", "task"), PICTURES)
+def test_the_answer_and_its_end_carry_loss_and_nothing_else(tokenizer, template, task):
+    special = {BOS: [1], EOS: [2], AUDIO: [AUDIO_ID]}
+    expected = [
+        (i, i if is_answer else IGNORE)
+        for piece, is_answer in PICTURES[template, task]
+        for i in special.get(piece) or tokenizer.encode(piece)
+    ]
+    ids, labels = data.answer_row(Example(STUDIED, task), tokenizer, template)
+    assert list(zip(ids, labels, strict=True)) == expected
+
+
+@pytest.mark.parametrize(("template", "task"), PICTURES)
+def test_training_and_use_begin_with_the_same_prompt(tokenizer, template, task):
+    prompt = data.prompt_ids(data.prompt_for(task, "fr", "en", template), tokenizer)
+    ids, labels = data.answer_row(Example(STUDIED, task), tokenizer, template)
+    assert ids[: len(prompt)] == prompt
+    assert labels[len(prompt) - 1] == IGNORE and labels[len(prompt)] != IGNORE
+
+
+@pytest.mark.parametrize("task", ["st", "asr"])
+@pytest.mark.parametrize("text", ["</s>", "<audio>", "<s> un </s> deux <audio>"])
+def test_text_that_looks_like_a_special_piece_stays_text(tokenizer, task, text):
+    row = Row(Path("a.wav"), text, text, "fr", "en", 1.0)
+    ids, labels = data.answer_row(Example(row, task), tokenizer, "llama2")
+    *answer, end = [i for i in labels if i != IGNORE]
+    assert tokenizer.decode(answer) == text
+    assert not {tokenizer.bos_id, tokenizer.eos_id, AUDIO_ID} & set(answer)
+    assert end == tokenizer.eos_id and ids.count(AUDIO_ID) == 1
+
+
+def test_an_unknown_task_template_or_language_has_no_prompt():
+    with pytest.raises(ValueError, match="task 'summarise'.*tasks: st, asr"):
+        data.prompt_for("summarise", "fr", "en")
+    with pytest.raises(ValueError, match="template 'gpt'.*templates: llama2, tinyllama"):
+        data.prompt_for("st", "fr", "en", "gpt")
+    with pytest.raises(ValueError, match="unknown language"):
+        data.prompt_for("st", "fr", "english")
+
+
+# -------------------------------------------------------------------------------- examples, batches
+
+ROWS = [Row(Path(f"{i}.wav"), f"dit {i}", f"said {i}", "fr", "en", 1.0) for i in range(20)]
+
+
+@pytest.mark.parametrize(("asr", "n"), [(0, 0), (0.5, 10), (1, 20)])
+def test_every_row_is_translated_and_a_share_is_also_transcribed(asr, n):
+    examples = data.examples_for(ROWS, asr, seed=1, epoch=0)
+    translated = [example.row for example in examples if example.task == "st"]
+    transcribed = [example.row for example in examples if example.task == "asr"]
+    assert sorted(translated, key=ROWS.index) == ROWS
+    assert len(transcribed) == len(set(transcribed)) == n
+    assert len(examples) == 20 + n
+
+
+def test_translating_answers_with_the_translation_and_transcribing_with_the_sentence():
+    assert Example(ROWS[3], "st").answer == "said 3"
+    assert Example(ROWS[3], "asr").answer == "dit 3"
+
+
+def test_the_order_follows_from_seed_and_epoch_alone():
+    first = data.examples_for(ROWS, 0.5, seed=1, epoch=0)
+    random.seed(123)
+    assert data.examples_for(ROWS, 0.5, seed=1, epoch=0) == first
+    assert data.examples_for(ROWS, 0.5, seed=1, epoch=1) != first
+    assert data.examples_for(ROWS, 0.5, seed=2, epoch=0) != first
+
+
+@pytest.mark.parametrize("asr", [-0.1, 1.1, math.nan])
+def test_a_share_outside_0_to_1_is_refused(asr):
+    with pytest.raises(ValueError, match="--asr is"):
+        data.examples_for(ROWS, asr, seed=1, epoch=0)
+
+
+def sizes(seed: int, n: int = 400) -> list[tuple[int, int]]:
+    """Examples (number, size), so that equal sizes stay different examples."""
+    return list(enumerate(random.Random(seed).choices(range(1, 60), k=n)))
+
+
+@pytest.mark.parametrize("budget", [1, 59, 60, 200, 100_000])
+def test_batches_hold_every_example_once_and_keep_to_the_budget(budget):
+    examples = sizes(1)
+    batches = data.group(examples, lambda e: e[1], budget, seed=1, epoch=0)
+    assert sorted(example for batch in batches for example in batch) == examples
+    for batch in batches:
+        assert batch
+        assert len(batch) == 1 or len(batch) * max(size for _, size in batch) <= budget
+
+
+def test_an_example_larger_than_the_budget_is_alone():
+    examples = list(enumerate([500, 3, 3, 3, 700, 3]))
+    batches = data.group(examples, lambda e: e[1], 100, seed=1, epoch=0)
+    assert sorted(map(len, batches)) == [1, 1, 4]
+
+
+def test_batches_hold_examples_of_similar_size():
+    batches = data.group(sizes(1), lambda e: e[1], 200, seed=1, epoch=0)
+    padded = sum(len(batch) * max(size for _, size in batch) for batch in batches)
+    assert padded < 1.2 * sum(size for _, size in sizes(1))
+
+
+def test_batches_follow_from_seed_and_epoch_alone():
+    def grouped(seed, epoch):
+        return data.group(sizes(1), lambda e: e[1], 200, seed, epoch)
+
+    first = grouped(1, 0)
+    random.seed(123)
+    assert grouped(1, 0) == first
+    assert grouped(1, 1) != first and grouped(2, 0) != first
+
+
+def test_collate_pads_rows_on_the_right_and_keeps_every_clip_at_its_own_length(tmp_path, tokenizer):
+    rows = [
+        Row(write(tmp_path / "a.wav", tone(300, 8000), 8000), "un", "one", "fr", "en", 0.2),
+        Row(write(tmp_path / "b.wav", tone(300, 16000, 0.3)), "x", "far longer", "de", "en", 0.3),
+    ]
+    examples = [Example(rows[0], "asr"), Example(rows[1], "st")]
+    batch = data.collate(examples, tokenizer, "llama2")
+    assert [len(clip) for clip in batch.audio] == [3200, 4800]
+    drawn = [data.answer_row(example, tokenizer, "llama2") for example in examples]
+    T = max(len(ids) for ids, _ in drawn)
+    assert batch.ids.shape == batch.labels.shape == (2, T)
+    assert batch.lengths.tolist() == [len(ids) for ids, _ in drawn]
+    for i, (ids, labels) in enumerate(drawn):
+        padding = T - len(ids)
+        assert batch.ids[i].tolist() == ids + [0] * padding
+        assert batch.labels[i].tolist() == labels + [IGNORE] * padding
+
+
+def batches_of(rows: list[Row], tokenizer, stack: int = 1, budget: int = 10_000) -> Batches:
+    return Batches(rows, 1.0, tokenizer, "llama2", stack, budget, seed=1)
+
+
+@pytest.mark.parametrize(("stack", "speech"), [(1, 50), (4, 13)])
+def test_the_size_of_an_example_is_its_speech_and_its_text(tokenizer, stack, speech):
+    ids, _ = data.answer_row(Example(STUDIED, "st"), tokenizer, "llama2")
+    batches = batches_of([STUDIED], tokenizer, stack)
+    assert batches.size_of(Example(STUDIED, "st")) == speech + len(ids)
+
+
+def test_an_epoch_holds_every_example_once_within_the_budget(tokenizer):
+    batches = batches_of(ROWS, tokenizer, budget=300)
+    groups = batches.groups(epoch=3)
+    drawn = [example for group in groups for example in group]
+    assert len(drawn) == len(set(drawn)) == 2 * len(ROWS)
+    assert all(len(g) * max(map(batches.size_of, g)) <= 300 for g in groups) and len(groups) < 40
+    assert batches.groups(3) == groups != batches.groups(4)
+
+
+def test_a_clip_that_fails_is_left_out_of_its_batch_and_remembered(tmp_path, tokenizer):
+    good = Row(write(tmp_path / "good.wav", tone(300, 16000)), "un", "one", "fr", "en", 0.2)
+    bad = Row(tmp_path / "bad.wav", "deux", "two", "fr", "en", 0.2)
+    bad.path.write_bytes(b"no audio at all")
+    batches = batches_of([good, bad], tokenizer)
+    batch = batches.load([Example(bad, "st"), Example(good, "st"), Example(bad, "asr")])
+    alone = data.collate([Example(good, "st")], tokenizer, "llama2")
+    assert batch.ids.tolist() == alone.ids.tolist() and len(batch.audio) == 1
+    assert list(batches.skipped) == [bad.path]
+    assert "not readable" in batches.skipped[bad.path]
+    assert batches.load([Example(bad, "st")]) is None

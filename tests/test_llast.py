@@ -1,0 +1,343 @@
+"""llast.py: the speech in the prompt, the loss, what is trained, saving and loading."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import llast
+import toys
+from data import AUDIO_ID, IGNORE, Batch
+from llast import LLaST, LLaSTConfig
+
+SHAPES = [("clip", 1), ("clip", 4), ("30s", 1), ("30s", 4)]  # window, stack
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases")
+    toys.whisper_folder(folder / "whisper")
+    toys.llama_folder(folder / "llama")
+    return folder
+
+
+def config_for(bases: Path, **changes) -> LLaSTConfig:
+    standard = dict(
+        template="llama2", window="clip", stack=1, encoder_rank=2, encoder_alpha=4.0, llm_rank=3,
+        llm_alpha=6.0, dropout=0.1, directions=("fr-en",),
+    )  # fmt: skip
+    paths = {"encoder": str(bases / "whisper"), "llm": str(bases / "llama")}
+    return LLaSTConfig(**paths | standard | changes)
+
+
+def trained_model(bases: Path, **changes) -> LLaST:
+    """A LLaST whose projector and LoRAs, B included, are no longer fresh."""
+    model = LLaST(config_for(bases, **changes))
+    chance = torch.Generator().manual_seed(0)
+    for tensor in model.trained().values():
+        # Wide enough for a clip to move every loss by far more than the tests' tolerance.
+        tensor.normal_(std=0.3, generator=chance)
+    return model.eval()
+
+
+def hum(seconds: float, hertz: float = 300.0) -> Tensor:
+    return 0.4 * torch.sin(2 * torch.pi * hertz * torch.arange(round(16000 * seconds)) / 16000)
+
+
+# A clip, its prompt with AUDIO_ID in it, and its answer with the end token: lengths all differ.
+ROWS = [
+    (hum(0.33, 200), [1, 300, 301, AUDIO_ID, 302, 303], [400, 401, 402, 403, 2]),
+    (hum(0.11, 900), [1, AUDIO_ID, 304], [404, 2]),
+    (hum(0.52, 500), [1, 305, AUDIO_ID, 306, 307, 308, 309], [405, 406, 407, 408, 409, 410, 2]),
+]
+
+
+def batch_of(rows) -> Batch:
+    T = max(len(prompt) + len(answer) for _, prompt, answer in rows)
+    ids = torch.zeros(len(rows), T, dtype=torch.long)
+    labels = torch.full((len(rows), T), IGNORE)
+    for i, (_, prompt, answer) in enumerate(rows):
+        ids[i, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+        labels[i, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
+    lengths = torch.tensor([len(prompt) + len(answer) for _, prompt, answer in rows])
+    return Batch([clip for clip, _, _ in rows], ids, labels, lengths)
+
+
+@torch.no_grad()
+def losses(model: LLaST, rows=ROWS) -> Tensor:
+    return model(batch_of(rows))
+
+
+# ------------------------------------------------------------------------------- speech among words
+
+
+def test_splice_puts_speech_in_place_of_the_audio_id(bases):
+    model = trained_model(bases)
+    speech = torch.randn(4, toys.LLAMA["hidden_size"])
+    row = model.splice(torch.tensor([1, 300, AUDIO_ID, 301]), speech)
+    words = model.llm.model.embed_tokens.weight
+    assert torch.equal(row, torch.cat([words[[1, 300]], speech, words[[301]]]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("window", "stack"), SHAPES)
+def test_a_clip_is_worth_its_own_states_stacked(bases, window, stack):
+    model = trained_model(bases, window=window, stack=stack)
+    clip = hum(0.33)  # 17 states: the last stack is not full
+    mel = llast.clip_to_mel(clip, toys.WHISPER["num_mel_bins"], window)[None]
+    states = model.speech_encoder(mel)[0][:17]  # (S, Da)
+    speech = model.encode_speech([clip])[0]
+    assert speech.shape == (-(-17 // stack), toys.LLAMA["hidden_size"])
+    for p, position in enumerate(speech):
+        together = states[p * stack : (p + 1) * stack].flatten()
+        wide = torch.zeros(stack * toys.WHISPER["d_model"])
+        wide[: len(together)] = together
+        torch.testing.assert_close(position, model.projector(wide), rtol=1e-4, atol=1e-4)
+
+
+def test_a_clip_of_10_ms_is_one_position(bases):
+    model = trained_model(bases)
+    assert model.encode_speech([hum(0.01)])[0].shape == (1, toys.LLAMA["hidden_size"])
+    assert losses(model, [(hum(0.01), *ROWS[0][1:])]).isfinite().all()
+
+
+# ----------------------------------------------------------------------------------------- the loss
+
+
+@torch.no_grad()
+def slow_losses(model: LLaST, clip: Tensor, prompt: list[int], answer: list[int]) -> list[Tensor]:
+    """The loss of each token of one answer, from all logits of one row that stands alone."""
+    speech = model.encode_speech([clip])[0]
+    pieces = [speech if i == AUDIO_ID else model.llm.embed(torch.tensor([i])) for i in prompt]
+    x = torch.cat([*pieces, model.llm.embed(torch.tensor(answer))])  # (P, D)
+    log_probs = model.llm.logits(model.llm.hidden(x[None])[0])[0].log_softmax(-1)  # (P, V)
+    start = len(x) - len(answer)
+    return [-log_probs[start + i - 1, token] for i, token in enumerate(answer)]
+
+
+@pytest.mark.parametrize(("window", "stack"), SHAPES)
+def test_the_loss_equals_a_slow_loop_over_answer_tokens(bases, window, stack):
+    model = trained_model(bases, window=window, stack=stack)
+    slow = [loss for row in ROWS for loss in slow_losses(model, *row)]
+    torch.testing.assert_close(losses(model), torch.stack(slow), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("window", "stack"), SHAPES)
+def test_the_loss_of_a_row_does_not_depend_on_its_neighbours(bases, window, stack):
+    model = trained_model(bases, window=window, stack=stack)
+    alone = torch.cat([losses(model, [row]) for row in ROWS])
+    torch.testing.assert_close(losses(model), alone, rtol=0, atol=1e-4)
+
+
+def test_an_answer_token_cannot_change_the_losses_before_it(bases):
+    model = trained_model(bases)
+    clip, prompt, answer = ROWS[2]
+    before = losses(model, [ROWS[2]])
+    for i in range(len(answer)):
+        other = [*answer[:i], 500, *answer[i + 1 :]]
+        after = losses(model, [(clip, prompt, other)])
+        assert torch.equal(after[:i], before[:i])
+        assert (after[i:] != before[i:]).all()
+
+
+def test_another_clip_of_the_same_length_gives_another_loss(bases):
+    model = trained_model(bases)
+    clip, prompt, answer = ROWS[0]
+    other = hum(len(clip) / 16000, hertz=1234)
+    difference = losses(model, [(other, prompt, answer)]) - losses(model, [ROWS[0]])
+    assert (difference.abs() > 1e-3).all()
+
+
+# ---------------------------------------------------------------------------------- what is trained
+
+
+def test_gradients_reach_the_projector_and_both_loras_and_nothing_else(bases):
+    model = trained_model(bases)
+    model(batch_of(ROWS)).mean().backward()
+    wrapped = [
+        f"{base}.layers.{i}.{name}"
+        for base, parts in (
+            ("speech_encoder", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+                                "self_attn.out_proj", "fc1", "fc2")),
+            ("llm.model", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+                           "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")),
+        )
+        for i in range(2)
+        for name in parts
+    ]  # fmt: skip
+    expected = {f"{name}.lora_{x}" for name in wrapped for x in "AB"}
+    expected |= {f"projector.model.{i}.{x}" for i in (0, 2, 4) for x in ("weight", "bias")}
+    reached = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert reached == expected
+    assert set(model.trained()) == expected
+
+
+@pytest.mark.parametrize(
+    ("off", "without"), [("encoder_rank", "speech_encoder"), ("llm_rank", "llm")]
+)
+def test_rank_0_leaves_that_base_without_lora(bases, off, without):
+    model = LLaST(config_for(bases, **{off: 0}))
+    assert {name.split(".")[0] for name in model.trained()} == {
+        "projector", "speech_encoder", "llm",
+    } - {without}  # fmt: skip
+
+
+def test_a_fresh_lora_changes_nothing(bases):
+    fresh = LLaST(config_for(bases)).eval()
+    plain = LLaST(config_for(bases, encoder_rank=0, llm_rank=0)).eval()
+    plain.projector.load_state_dict(fresh.projector.state_dict())
+    assert torch.equal(losses(fresh), losses(plain))
+
+
+def test_a_tokenizer_with_more_pieces_than_the_llm_has_words_is_refused(bases, tmp_path):
+    toys.llama_folder(tmp_path / "small", vocab_size=100)
+    with pytest.raises(ValueError, match=r"tokenizer\.model has \d+ pieces.*room for 100"):
+        LLaST(config_for(bases, llm=str(tmp_path / "small")))
+
+
+# ------------------------------------------------------------------------------- saving and loading
+
+
+@pytest.fixture
+def tree(bases, tmp_path):
+    """A folder of one's own with both bases and, in run/, a saved model."""
+    tree = tmp_path / "tree"
+    shutil.copytree(bases, tree)
+    trained_model(tree).save_pretrained(tree / "run")
+    yield tree
+    llast.fingerprint.cache_clear()  # tests change files, and it remembers by path
+
+
+def change(file: Path, how):
+    weights = load_file(file)
+    how(weights)
+    save_file(weights, file)
+    llast.fingerprint.cache_clear()
+
+
+@pytest.mark.parametrize(("window", "stack"), SHAPES)
+def test_a_loaded_model_is_the_saved_one_bit_for_bit(bases, tmp_path, window, stack):
+    model = trained_model(bases, window=window, stack=stack)
+    model.save_pretrained(tmp_path / "run")
+    loaded = LLaST.from_pretrained(tmp_path / "run")
+    assert not loaded.training
+    assert loaded.trained().keys() == model.trained().keys()
+    assert torch.equal(losses(loaded), losses(model))
+
+
+def test_only_what_was_trained_is_saved(tree):
+    assert sorted(path.name for path in (tree / "run").iterdir()) == [
+        "llast.json",
+        "llast.safetensors",
+    ]
+    saved = load_file(tree / "run" / "llast.safetensors")
+    assert saved.keys() == trained_model(tree).trained().keys()
+
+
+def test_saving_again_replaces_the_model_before(tree):
+    model = trained_model(tree)
+    model.projector.model[0].weight.data += 1
+    model.save_pretrained(tree / "run")
+    assert torch.equal(losses(LLaST.from_pretrained(tree / "run")), losses(model))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "projector.model.2.bias",
+        "speech_encoder.layers.1.fc1.lora_A",
+        "speech_encoder.layers.0.self_attn.k_proj.lora_B",
+        "llm.model.layers.1.self_attn.o_proj.lora_A",
+        "llm.model.layers.0.mlp.gate_proj.lora_B",
+    ],
+)
+def test_a_tensor_that_is_missing_renamed_or_of_another_shape_is_refused_by_name(tree, name):
+    file = tree / "run" / "llast.safetensors"
+    whole = file.read_bytes()
+
+    change(file, lambda weights: weights.pop(name))
+    with pytest.raises(ValueError, match=f"1 missing: {name}"):
+        LLaST.from_pretrained(tree / "run")
+
+    file.write_bytes(whole)
+    change(file, lambda weights: weights.update({f"{name}_2": weights[name].clone()}))
+    with pytest.raises(ValueError, match=f"1 unexpected: {name}_2"):
+        LLaST.from_pretrained(tree / "run")
+
+    file.write_bytes(whole)
+    change(file, lambda weights: weights.update({name: weights[name][:1].clone()}))
+    with pytest.raises(ValueError, match=f"1 of another shape: {name}"):
+        LLaST.from_pretrained(tree / "run")
+
+
+def test_a_saved_model_cannot_bring_weights_of_a_base_with_it(tree):
+    head = torch.zeros(toys.LLAMA["vocab_size"], toys.LLAMA["hidden_size"])
+    change(tree / "run" / "llast.safetensors", lambda w: w.update({"llm.lm_head.weight": head}))
+    with pytest.raises(ValueError, match=r"1 unexpected: llm\.lm_head\.weight"):
+        LLaST.from_pretrained(tree / "run")
+
+
+def test_a_model_of_another_rank_is_refused(tree):
+    about = json.loads((tree / "run" / "llast.json").read_text())
+    about["config"]["llm_rank"] += 1
+    (tree / "run" / "llast.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="28 of another shape: llm.model"):
+        LLaST.from_pretrained(tree / "run")
+
+
+def test_damaged_weights_are_refused(tree):
+    file = tree / "run" / "llast.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"run/llast\.safetensors is damaged"):
+        LLaST.from_pretrained(tree / "run")
+
+
+@pytest.mark.parametrize("name", ["llast.json", "llast.safetensors"])
+def test_a_folder_without_either_file_is_no_saved_model(tree, name):
+    (tree / "run" / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"is no saved LLaST: it has no {name}"):
+        LLaST.from_pretrained(tree / "run")
+
+
+@pytest.mark.parametrize("text", ["", '{"config": ', "{}", '{"config": {"directions": []}}', "[]"])
+def test_a_broken_llast_json_is_refused(tree, text):
+    (tree / "run" / "llast.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run/llast\.json cannot be used"):
+        LLaST.from_pretrained(tree / "run")
+
+
+@pytest.mark.parametrize(
+    ("kind", "folder", "tensor"),
+    [
+        ("encoder", "whisper", "model.encoder.layers.1.fc1.bias"),
+        ("llm", "llama", "model.layers.1.mlp.up_proj.weight"),
+    ],
+)
+def test_a_base_with_one_other_number_is_refused(tree, kind, folder, tensor):
+    def add_one(weights):
+        weights[tensor].view(-1)[0] += 1
+
+    change(tree / folder / "model.safetensors", add_one)
+    with pytest.raises(ValueError, match=f"was trained on another {kind} than .*{folder}"):
+        LLaST.from_pretrained(tree / "run")
+
+
+@pytest.mark.parametrize(("kind", "folder"), [("encoder", "whisper"), ("llm", "llama")])
+def test_a_base_that_moved_is_asked_for_and_then_found(tree, kind, folder):
+    (tree / folder).rename(tree / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=f"{folder}, which is not there.*--{kind} FOLDER"):
+        LLaST.from_pretrained(tree / "run")
+    loaded = LLaST.from_pretrained(tree / "run", **{kind: tree / "elsewhere"})
+    assert getattr(loaded.config, kind) == str(tree / "elsewhere")
+
+
+def test_run_and_bases_can_move_together(tree, tmp_path, monkeypatch):
+    expected = losses(LLaST.from_pretrained(tree / "run"))
+    tree.rename(tmp_path / "moved")
+    assert torch.equal(losses(LLaST.from_pretrained(tmp_path / "moved" / "run")), expected)
+    monkeypatch.chdir(tmp_path / "moved" / "run")
+    assert torch.equal(losses(LLaST.from_pretrained(".")), expected)

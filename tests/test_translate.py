@@ -1,0 +1,449 @@
+"""translate.py: beam search against exhaustive search, translating files, scores, command line."""
+
+import itertools
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sacrebleu
+import soundfile
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import toys
+import translate
+from data import Row
+from llama import Llama, LlamaConfig, Tokenizer
+from llast import LLaST, LLaSTConfig
+from translate import beam_search, score, score_rows
+
+# -------------------------------------------------------------------------------------- beam search
+
+
+def toy_language(words: int) -> Llama:
+    """A Llama with few words and firm opinions about them."""
+    sizes = toys.LLAMA | {"vocab_size": words}
+    llm = Llama(LlamaConfig(**{key: sizes[key] for key in LlamaConfig.__dataclass_fields__}))
+    chance = torch.Generator().manual_seed(words)
+    for name, tensor in llm.state_dict().items():
+        if "norm" not in name:
+            tensor.normal_(std=0.5, generator=chance)
+    return llm.eval()
+
+
+def made_up_prompts(*lengths: int) -> list[Tensor]:
+    chance = torch.Generator().manual_seed(7)
+    return [torch.randn(P, toys.LLAMA["hidden_size"], generator=chance) for P in lengths]
+
+
+@torch.no_grad()
+def step_log_probs(llm: Llama, prompt: Tensor, answers: Tensor) -> Tensor:
+    """Log-probability of each token of answers (n, T) after one prompt: full passes, no cache."""
+    x = torch.cat([prompt.expand(len(answers), -1, -1), llm.embed(answers)], dim=1)
+    log_probs = llm.logits(llm.hidden(x)[0]).log_softmax(-1)[:, len(prompt) - 1 : -1]
+    return log_probs.gather(2, answers[..., None])[..., 0]
+
+
+@torch.no_grad()
+def greedy(llm: Llama, prompt: Tensor, eos_ids: list[int], most: int) -> list[int]:
+    ids = []
+    while len(ids) < most:
+        x = torch.cat([prompt, llm.embed(torch.tensor(ids, dtype=torch.long))])
+        token = llm.logits(llm.hidden(x[None])[0][0, -1]).argmax().item()
+        if token in eos_ids:
+            break
+        ids.append(token)
+    return ids
+
+
+def every_answer(llm: Llama, prompt: Tensor, eos_ids, most: int, length_penalty: float):
+    """(score, ids) of all answers: those that end, and those that the limit cuts. Best first."""
+    V = llm.config.vocab_size
+    words = [i for i in range(V) if i not in eos_ids]
+    ranked = []
+    for length in range(1, most + 1):
+        ends = range(V) if length == most else eos_ids
+        answers = [[*a, e] for *a, e in itertools.product(*[words] * (length - 1), ends)]
+        totals = step_log_probs(llm, prompt, torch.tensor(answers)).sum(dim=1)
+        for total, answer in zip(totals.tolist(), answers, strict=True):
+            ids = answer[:-1] if answer[-1] in eos_ids else answer
+            ranked.append((total / length**length_penalty, ids))
+    return sorted(ranked, reverse=True)
+
+
+@pytest.mark.parametrize("eos_ids", [[2], [2, 5], [0, 3, 4]])
+def test_one_beam_is_greedy_search(eos_ids):
+    llm, prompts = toy_language(12), made_up_prompts(3, 9, 5, 1, 6, 7, 2, 8)
+    found = [best.ids for (best,) in beam_search(llm, prompts, eos_ids, 1, max_new_tokens=10)]
+    assert found == [greedy(llm, prompt, eos_ids, 10) for prompt in prompts]
+    assert len(set(map(len, found))) > 2, "the prompts should tell early ends from late ones"
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("eos_ids", [[2], [2, 0]])
+def test_a_wide_beam_is_exhaustive_search(length_penalty, eos_ids):
+    llm = toy_language(5)
+    for prompt in made_up_prompts(4, 7):
+        expected = every_answer(llm, prompt, eos_ids, 4, length_penalty)
+        found = beam_search(llm, [prompt], eos_ids, len(expected), length_penalty, 4)[0]
+        assert len(found) == len(expected)
+        for (wanted, ids), hypothesis in zip(expected[:10], found, strict=False):
+            assert hypothesis.ids == ids
+            assert hypothesis.score == pytest.approx(wanted, abs=1e-4)
+
+
+@torch.no_grad()
+def slow_beam(llm, prompt, eos_ids, W: int, most: int, length_penalty: float):
+    """The rules of beam search with lists and full passes. -> W of (score, ids), best first"""
+    running, finished = [(0.0, [])], []
+    for length in range(1, most + 1):
+        extended = []
+        for total, ids in running:
+            x = torch.cat([prompt, llm.embed(torch.tensor(ids, dtype=torch.long))])
+            log_probs = llm.logits(llm.hidden(x[None])[0][0, -1]).log_softmax(-1)
+            extended += [(total + lp, [*ids, i]) for i, lp in enumerate(log_probs.tolist())]
+        extended.sort(reverse=True)
+        for total, ids in extended[:W]:
+            if ids[-1] in eos_ids:
+                finished.append((total / length**length_penalty, ids[:-1]))
+        finished = sorted(finished, reverse=True)[:W]
+        running = [(total, ids) for total, ids in extended if ids[-1] not in eos_ids][:W]
+        if len(finished) == W and running[0][0] / length**length_penalty <= finished[-1][0]:
+            return finished
+    cut = [(total / most**length_penalty, ids) for total, ids in running]
+    return sorted(finished + cut, reverse=True)[:W]
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("eos_ids", [[2], list(range(9))])
+def test_a_narrow_beam_keeps_and_stops_as_a_slow_search_does(length_penalty, eos_ids):
+    llm, prompts = toy_language(12), made_up_prompts(3, 9, 5, 1, 6, 2)
+    together = beam_search(llm, prompts, eos_ids, 4, length_penalty, max_new_tokens=8)
+    for prompt, found in zip(prompts, together, strict=True):
+        expected = slow_beam(llm, prompt, eos_ids, 4, 8, length_penalty)
+        assert [h.ids for h in found] == [ids for _, ids in expected]
+        assert [h.score for h in found] == pytest.approx([s for s, _ in expected], abs=1e-4)
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("P", [1, 30])
+def test_a_score_counts_the_answer_and_its_end_but_not_the_prompt(P, length_penalty):
+    llm, (prompt,) = toy_language(12), made_up_prompts(P)
+    for hypothesis in beam_search(llm, [prompt], [2], 4, length_penalty, 6)[0]:
+        ended = hypothesis.ids if len(hypothesis.ids) == 6 else [*hypothesis.ids, 2]
+        total = step_log_probs(llm, prompt, torch.tensor([ended])).sum().item()
+        assert hypothesis.score == pytest.approx(total / len(ended) ** length_penalty, abs=1e-4)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("eos_ids", [[2], [2, 5]])
+def test_prompts_of_other_lengths_in_the_batch_change_nothing(beams, eos_ids):
+    llm, prompts = toy_language(12), made_up_prompts(3, 20, 5, 1, 11)
+    together = beam_search(llm, prompts, eos_ids, beams, max_new_tokens=12)
+    for prompt, found in zip(prompts, together, strict=True):
+        alone = beam_search(llm, [prompt], eos_ids, beams, max_new_tokens=12)[0]
+        assert [h.ids for h in found] == [h.ids for h in alone]
+        assert [h.score for h in found] == pytest.approx([h.score for h in alone], abs=1e-4)
+
+
+def test_hypotheses_are_distinct_and_best_first():
+    for found in beam_search(toy_language(12), made_up_prompts(3, 9), [2], 6, max_new_tokens=8):
+        assert len(found) == 6 == len({tuple(hypothesis.ids) for hypothesis in found})
+        scores = [hypothesis.score for hypothesis in found]
+        assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.parametrize("most", [1, 2, 5])
+def test_no_answer_is_longer_than_asked_and_none_holds_an_end(most):
+    found = beam_search(toy_language(12), made_up_prompts(3, 9), [2, 5], 3, max_new_tokens=most)
+    ids = [hypothesis.ids for clip in found for hypothesis in clip]
+    assert max(map(len, ids)) == most
+    assert not {2, 5} & set(itertools.chain(*ids))
+
+
+# ---------------------------------------------------------------------------------------- translate
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with both bases, and trained/: a model with firm opinions about printable words."""
+    made = tmp_path_factory.mktemp("made")
+    toys.whisper_folder(made / "whisper")
+    tokenizer = Tokenizer(toys.llama_folder(made / "llama"))
+    weights = load_file(made / "llama" / "model.safetensors")
+    head = weights["lm_head.weight"].normal_(generator=torch.Generator().manual_seed(0))
+    no_word = [i for i in range(len(head)) if len(tokenizer.decode([i])) < 2 and i != 2]
+    head[no_word] = 0  # no line breaks or broken characters, so that lines can be counted
+    save_file(weights, made / "llama" / "model.safetensors")
+    save_model(made, made / "trained")
+    return made
+
+
+def save_model(made: Path, folder: Path, directions=("fr-en",)):
+    config = LLaSTConfig(
+        encoder=str(made / "whisper"), llm=str(made / "llama"), template="llama2", window="clip",
+        stack=2, encoder_rank=2, encoder_alpha=4.0, llm_rank=2, llm_alpha=4.0, dropout=0.5,
+        directions=directions,
+    )  # fmt: skip
+    model = LLaST(config)
+    chance = torch.Generator().manual_seed(1)
+    for tensor in model.trained().values():
+        tensor.normal_(std=0.3, generator=chance)
+    model.save_pretrained(folder)
+
+
+@pytest.fixture
+def model(made):
+    return LLaST.from_pretrained(made / "trained")
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Good clips of mixed lengths and rates, and four that cannot be used."""
+    folder = tmp_path_factory.mktemp("clips")
+    for i, (seconds, rate) in enumerate([(0.5, 16000), (0.1, 8000), (0.9, 44100), (0.3, 16000)]):
+        t = np.arange(round(seconds * rate)) / rate
+        hum = 0.4 * np.sin(2 * np.pi * (150 + 400 * i) * t * (1 + t))
+        soundfile.write(folder / f"good{i}.wav", hum, rate)
+    (folder / "empty.wav").touch()
+    soundfile.write(folder / "long.wav", np.zeros(30_100), 1000)
+    soundfile.write(folder / "nan.wav", np.full(99, np.nan), 16000, subtype="FLOAT")
+    return folder
+
+
+def good(clips: Path) -> list[Path]:
+    return sorted(clips.glob("good*.wav"), reverse=True)  # not in the order of their lengths
+
+
+BAD = {
+    "empty.wav": "the file is empty",
+    "long.wav": "30.1 s long",
+    "missing.wav": "no such file",
+    "nan.wav": "not numbers",
+}
+HOW = {"beams": 3, "n_best": 3, "max_new_tokens": 6}
+
+
+def assert_same(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert (one.path, one.text, one.error) == (other.path, other.text, other.error)
+        for a, b in zip(one.n_best, other.n_best, strict=True):
+            assert a["text"] == b["text"] and a["score"] == pytest.approx(b["score"], abs=2e-4)
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 16])
+def test_a_batch_of_clips_is_translated_as_each_alone_and_in_order(model, clips, batch_size):
+    paths = good(clips)
+    together = translate.translate(model, paths, **HOW, batch_size=batch_size)
+    assert [result.path for result in together] == [str(path) for path in paths]
+    assert len({result.text for result in together}) == len(paths)
+    assert_same(together, [translate.translate(model, [path], **HOW)[0] for path in paths])
+
+
+def test_clips_that_cannot_be_used_get_an_error_and_leave_the_others_alone(model, clips):
+    paths = good(clips)
+    bad = [clips / name for name in BAD]
+    mixed = [clip for pair in zip(bad, paths, strict=True) for clip in pair]
+    results = translate.translate(model, mixed, **HOW)
+    assert_same(results[1::2], translate.translate(model, paths, **HOW))
+    for result, (name, reason) in zip(results[::2], BAD.items(), strict=True):
+        assert (result.text, result.score, result.n_best) == ("", None, [])
+        assert name in result.error and reason in result.error
+
+
+def test_only_clips_that_cannot_be_used_are_no_problem(model, clips):
+    assert translate.translate(model, [clips / "empty.wav"])[0].error
+    assert translate.translate(model, []) == []
+
+
+def test_the_first_answer_is_the_text_and_n_best_says_how_many_are_kept(model, clips):
+    for result in translate.translate(model, good(clips), beams=3, max_new_tokens=6, n_best=2):
+        assert len(result.n_best) == 2
+        assert result.n_best[0] == {"text": result.text, "score": result.score}
+
+
+def test_the_task_and_the_language_are_part_of_the_question(model, clips):
+    def scores(**how):
+        return [r.score for r in translate.translate(model, good(clips), **how, max_new_tokens=6)]
+
+    assert scores() == scores(task="st", source="fr", target="en")
+    assert scores() != scores(task="asr")
+    assert scores() != scores(source="de")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_translating_is_without_dropout_and_leaves_the_training_mode_as_it_was(
+    model, clips, training
+):
+    expected = translate.translate(model, good(clips), **HOW)
+    model.train(training)
+    assert_same(translate.translate(model, good(clips), **HOW), expected)
+    assert model.training == model.llm.training == training
+
+
+# ------------------------------------------------------------------------------------------- scores
+
+HYPOTHESES = ["The cat sleeps on the sofa.", "", "he went to the old Market", "Thanks a lot"]
+REFERENCES = [
+    "The cat sleeps on the couch.",
+    "Where is the station?",
+    "He went to the old market.",
+    "Thank you",
+]
+
+
+def test_scores_are_sacrebleus():
+    scores = score(HYPOTHESES, REFERENCES)
+    assert scores["bleu"] == round(sacrebleu.corpus_bleu(HYPOTHESES, [REFERENCES]).score, 2)
+    lower = sacrebleu.corpus_bleu(HYPOTHESES, [REFERENCES], lowercase=True).score
+    assert scores["bleu_lc"] == round(lower, 2) > scores["bleu"] > 0
+    assert scores["chrf"] == round(sacrebleu.corpus_chrf(HYPOTHESES, [REFERENCES]).score, 2)
+    assert "case:mixed" in scores["signature"] and "tok:13a" in scores["signature"]
+
+
+def test_an_empty_hypothesis_counts():
+    without = [pair for pair in zip(HYPOTHESES, REFERENCES, strict=True) if pair[0]]
+    kept, dropped = score(HYPOTHESES, REFERENCES), score(*map(list, zip(*without, strict=True)))
+    assert kept["n"] == 4
+    assert kept["bleu"] < dropped["bleu"] and kept["chrf"] < dropped["chrf"]
+
+
+def test_hypotheses_and_references_must_be_as_many():
+    with pytest.raises(ValueError, match="1 hypotheses for 4 references"):
+        score(HYPOTHESES[:1], REFERENCES)
+
+
+def test_every_clip_has_its_line_in_the_table_failed_ones_included(model, clips, tmp_path, capsys):
+    names = ["good1.wav", "missing.wav", "good0.wav"]
+    rows = [
+        Row(clips / name, "dit", f"said\tin {i}", "fr", "en", 1.0) for i, name in enumerate(names)
+    ]
+    scores = score_rows(model, rows, tmp_path / "out.tsv", beams=2, max_new_tokens=6)
+    assert (scores["n"], scores["failed"]) == (3, 1)
+    assert "missing.wav: no such file" in capsys.readouterr().err
+
+    results = translate.translate(model, [row.path for row in rows], beams=2, max_new_tokens=6)
+    header, *lines = (tmp_path / "out.tsv").read_text(encoding="utf-8").splitlines()
+    assert header.split("\t") == ["clip", "reference", "hypothesis", "score"]
+    assert [line.split("\t") for line in lines] == [
+        [name, f"said in {i}", result.text, str(result.score)]
+        for i, (name, result) in enumerate(zip(names, results, strict=True))
+    ]
+    assert scores["chrf"] == score([r.text for r in results], [r.translation for r in rows])["chrf"]
+
+
+# ------------------------------------------------------------------------------------- command line
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs translate.py with arguments. -> exit code, lines of output, text of errors"""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["translate.py", *map(str, arguments)])
+        code = translate.main()
+        out, err = capsys.readouterr()
+        return code, out.splitlines(), err
+
+    return run
+
+
+@pytest.fixture
+def quick(made):
+    return ("--model", made / "trained", "--max-new-tokens", 6, "--beams", 3)
+
+
+def test_a_line_is_printed_for_each_clip(command, quick, model, clips):
+    code, lines, err = command(*quick, *good(clips))
+    texts = [r.text for r in translate.translate(model, good(clips), beams=3, max_new_tokens=6)]
+    assert lines == [f"{path}\t{text}" for path, text in zip(good(clips), texts, strict=True)]
+    assert (code, err) == (0, "")
+
+
+def test_json_has_an_object_for_each_clip(command, quick, clips):
+    code, lines, _ = command(*quick, "--json", *good(clips), clips / "empty.wav")
+    *objects, bad = map(json.loads, lines)
+    assert [o["path"] for o in objects] == [str(path) for path in good(clips)]
+    assert all(o["text"] and o["score"] < 0 and o["error"] is None for o in objects)
+    assert bad["text"] == "" and "the file is empty" in bad["error"]
+    assert code == 1
+
+
+def test_n_best_prints_as_many_lines_with_their_scores(command, quick, clips):
+    code, lines, _ = command(*quick, "--n-best", 3, clips / "good0.wav")
+    cells = [line.split("\t") for line in lines]
+    assert [cell[0] for cell in cells] == [str(clips / "good0.wav")] * 3
+    scores = [float(cell[1]) for cell in cells]
+    assert scores == sorted(scores, reverse=True) and code == 0
+    code, _, err = command(*quick, "--n-best", 4, clips / "good0.wav")
+    assert code == 2 and "--n-best 4" in err
+
+
+def test_a_folder_and_a_list_name_clips_too(command, quick, clips, tmp_path):
+    for path in good(clips):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "notes.md").write_text("no clip")
+    (tmp_path / "list.txt").write_text(f"good2.wav\n\n{clips / 'good0.wav'}\n")
+    _, lines, _ = command(*quick, tmp_path)
+    assert [line.split("\t")[0] for line in lines] == [
+        str(tmp_path / path.name) for path in sorted(good(clips))
+    ]
+    _, lines, _ = command(*quick, tmp_path / "list.txt", clips / "good1.wav")
+    assert [line.split("\t")[0] for line in lines] == [
+        str(tmp_path / "good2.wav"), str(clips / "good0.wav"), str(clips / "good1.wav"),
+    ]  # fmt: skip
+
+
+def test_one_bad_clip_is_named_and_makes_the_exit_code_1(command, quick, clips):
+    code, lines, err = command(*quick, clips / "good0.wav", clips / "empty.wav")
+    assert code == 1 and len(lines) == 1
+    assert err == f"{clips / 'empty.wav'}: the file is empty\n"
+
+
+def test_test_scores_the_test_set_and_writes_every_clip(command, quick, made, clips, tmp_path):
+    folder = tmp_path / "fr"
+    shutil.copytree(clips, folder / "clips")
+    (folder / "validated.tsv").write_text("path\tsentence\ngood0.wav\tun\ngood1.wav\tdeux\n")
+    table = "path\ttranslation\tsplit\ngood0.wav\tone\ttest\ngood1.wav\ttwo\ttest\n"
+    (folder / "covost_v2.fr_en.tsv").write_text(table)
+    code, lines, _ = command(*quick, "--test", "fr", "--data", tmp_path)
+    assert code == 0 and lines[0].startswith("fr-en on 2 clips: BLEU ")
+    assert len((made / "trained" / "test.fr-en.tsv").read_text().splitlines()) == 3
+
+
+def test_mistakes_are_answered_with_what_to_do_and_exit_code_2(command, quick, clips, made):
+    clip = clips / "good0.wav"
+    save_model(made, made / "two", ("de-en", "fr-en"))
+    for arguments, answer in (
+        ([], "nothing to do: name audio files"),
+        (["--model", clips, clip], f"{clips} is no saved LLaST: it has no llast.json"),
+        ([*quick, "--lang", "french", clip], "unknown language 'french'; did you mean 'fr'"),
+        ([*quick, "--lang", "de", clip], "was not trained on 'de'; it knows fr"),
+        (["--model", made / "two", clip], "knows de, fr; say which is spoken with --lang"),
+        ([*quick, "--test", "fr", "--data", clips], "no fr-en corpus"),
+        ([*quick, made / "trained"], "holds no .wav"),
+        ([*quick, made / "list.txt"], "list.txt"),
+    ):
+        code, lines, err = command(*arguments)
+        assert (code, lines) == (2, []), arguments
+        assert err.startswith("translate.py: ") and answer in err and err.count("\n") == 1
+
+
+def test_without_model_the_newest_run_is_used_and_named(
+    command, made, clips, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(translate, "HERE", tmp_path)
+    code, _, err = command(clips / "good0.wav")
+    assert code == 2 and "no trained model" in err and "python train.py" in err
+
+    for age, name in enumerate(["b", "c", "a"]):
+        save_model(made, tmp_path / "runs" / name)
+        os.utime(tmp_path / "runs" / name / "llast.json", (10_000 - age, 10_000 - age))
+    code, lines, err = command("--max-new-tokens", 2, clips / "good0.wav")
+    assert code == 0 and len(lines) == 1
+    assert err == f"no --model given: using the newest, {tmp_path / 'runs' / 'b'}\n"
