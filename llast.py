@@ -119,12 +119,12 @@ class LLaST(nn.Module):
         mel = mel.to(self.speech_encoder.conv1.weight.dtype)
         states = self.speech_encoder(mel, lengths)  # (B, S, Da)
 
-        # Keep each clip's own states: not the silence of a 30 s window, not its neighbours' length.
+        # Keep each clip's own states: not the silence of a 30 s window, not a neighbour's length.
         n_real = torch.tensor([n_states(len(clip)) for clip in audio], device=self.device)
-        n_positions = -(-n_real // stack)
-        states = F.pad(states, (0, 0, 0, -states.shape[1] % stack))
         is_real = torch.arange(states.shape[1], device=self.device) < n_real[:, None]  # (B, S)
-        states = torch.where(is_real[..., None], states, 0)
+        states = torch.where(is_real[..., None], states, 0)  # (B, S, Da)
+        states = F.pad(states, (0, 0, 0, -states.shape[1] % stack))
+        n_positions = -(-n_real // stack)
         stacked = states.unflatten(1, (-1, stack)).flatten(2)[:, : int(n_positions.max())]
         speech = self.projector(stacked).to(self.llm.lm_head.weight.dtype)
         return [clip[:n] for clip, n in zip(speech, n_positions.tolist(), strict=True)]

@@ -31,7 +31,7 @@ class LoRALinear(nn.Linear):
         self.merged = False
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)  # (..., out)
+        y = F.linear(x, self.weight, self.bias)
         if self.merged:
             return y
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
@@ -40,7 +40,7 @@ class LoRALinear(nn.Linear):
     @torch.no_grad()
     def fold(self, sign: int):
         """Add the change to the weight (sign 1) or take it out again (-1)."""
-        change = sign * self.scale * (self.lora_B @ self.lora_A)  # (out, in)
+        change = sign * self.scale * (self.lora_B @ self.lora_A)
         self.weight.copy_(self.weight.float() + change)
         self.merged = sign > 0
 

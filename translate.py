@@ -101,7 +101,7 @@ def beam_search(
     cache = [(k.repeat_interleave(W, dim=0), v.repeat_interleave(W, dim=0)) for k, v in cache]
     is_real = is_real.repeat_interleave(W, dim=0)  # (B*W, P)
     running = torch.tensor([0.0] + [-torch.inf] * (W - 1), device=device).repeat(B, 1)  # (B, W)
-    answers = torch.empty(B * W, 0, dtype=torch.long, device=device)  # (B*W, tokens so far)
+    answers = torch.empty(B * W, 0, dtype=torch.long, device=device)  # (B*W, 0)
     n_ends = len(eos_ids)
 
     for length in range(1, max_new_tokens + 1):
@@ -123,7 +123,7 @@ def beam_search(
         for b in range(B):
             finished[b].check(running[b, 0].item(), length)
         rows = (beam + W * torch.arange(B, device=device)[:, None]).flatten()  # (B*W,)
-        answers = torch.cat([answers[rows], token.view(-1, 1)], dim=1)
+        answers = torch.cat([answers[rows], token.view(-1, 1)], dim=1)  # (B*W, length)
         if length == max_new_tokens or all(clip.done for clip in finished):
             break
 

@@ -130,7 +130,7 @@ def test_every_command_of_the_readme_is_understood():
     )
     assert len(commands) >= 8
     for command in commands:
-        name, *flags = shlex.split(command.split("  #")[0])
+        name, *flags = shlex.split(command, comments=True)
         parsers[name].parse_args(flags)
 
 
