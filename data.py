@@ -344,11 +344,10 @@ class Batches:
         asr: float,
         tokenizer,
         template: str,
-        stack: int,
         budget: int,
         seed: int,
     ):
-        self.rows, self.asr, self.seed, self.budget, self.stack = rows, asr, seed, budget, stack
+        self.rows, self.asr, self.seed, self.budget = rows, asr, seed, budget
         self.tokenizer, self.template = tokenizer, template
         self.sizes: dict[Example, int] = {}
         self.skipped: dict[Path, str] = {}  # clips that failed, and why
@@ -357,7 +356,7 @@ class Batches:
         """Positions of the LLM that a row takes: its speech and its text."""
         if example not in self.sizes:
             ids, _ = answer_row(example, self.tokenizer, self.template)
-            speech = math.ceil(example.row.seconds * STATES_PER_SECOND / self.stack)
+            speech = math.ceil(example.row.seconds * STATES_PER_SECOND)
             self.sizes[example] = speech + len(ids)
         return self.sizes[example]
 

@@ -45,7 +45,8 @@ def pick_device() -> tuple[torch.device, torch.dtype, str]:
         name = torch.cuda.get_device_name()
         return torch.device("cuda"), torch.float32, f"{name}, float32 as it has no bfloat16"
     threads = torch.get_num_threads()
-    return torch.device("cpu"), torch.float32, f"no CUDA device: CPU, {threads} threads, float32"
+    reason = f"no CUDA device: CPU with {threads} thread{'s'[: threads > 1]}, float32"
+    return torch.device("cpu"), torch.float32, reason
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,6 @@ class LLaSTConfig:
     llm: str  # folder of a Llama checkpoint
     template: str  # key of data.TEMPLATES
     window: str  # "30s" or "clip": what the encoder is given, see whisper_encoder.clip_to_mel
-    stack: int  # encoder states that make one position of the LLM; 1 in the paper
     encoder_rank: int  # R of the LoRA in the encoder; 0 leaves the encoder as it is
     encoder_alpha: float
     llm_rank: int  # R of the LoRA in the LLM; 0 leaves the LLM as it is
@@ -66,7 +66,7 @@ class LLaSTConfig:
 
 
 class Projector(nn.Module):
-    """The adaptor: three linear layers, exact GELU between them. (..., stack * Da) -> (..., D)"""
+    """The adaptor: three linear layers, exact GELU between them. (..., Da) -> (..., D)"""
 
     def __init__(self, wide: int, D: int):
         super().__init__()
@@ -104,30 +104,24 @@ class LLaST(nn.Module):
             if rank:
                 add_lora(base, targets, rank, alpha, config.dropout)
         Da, D = self.speech_encoder.config.d_model, self.llm.config.hidden_size
-        self.projector = Projector(config.stack * Da, D)
+        self.projector = Projector(Da, D)
 
     @property
     def device(self) -> torch.device:
         return self.llm.lm_head.weight.device
 
     def encode_speech(self, audio: list[Tensor]) -> list[Tensor]:
-        """Waveforms (N,) of any lengths -> for each the LLM positions it is worth, (P, D)."""
-        M, stack = self.speech_encoder.config.num_mel_bins, self.config.stack
+        """Waveforms (N,) of any lengths -> for each the LLM positions it is worth, (S, D)."""
+        M = self.speech_encoder.config.num_mel_bins
         mels = [clip_to_mel(clip.to(self.device), M, self.config.window).T for clip in audio]
         lengths = torch.tensor([len(mel) // 2 for mel in mels], device=self.device)
         mel = pad_sequence(mels, batch_first=True).transpose(1, 2)  # (B, M, 2S)
         mel = mel.to(self.speech_encoder.conv1.weight.dtype)
         states = self.speech_encoder(mel, lengths)  # (B, S, Da)
-
         # Keep each clip's own states: not the silence of a 30 s window, not a neighbour's length.
-        n_real = torch.tensor([n_states(len(clip)) for clip in audio], device=self.device)
-        is_real = torch.arange(states.shape[1], device=self.device) < n_real[:, None]  # (B, S)
-        states = torch.where(is_real[..., None], states, 0)  # (B, S, Da)
-        states = F.pad(states, (0, 0, 0, -states.shape[1] % stack))
-        n_positions = -(-n_real // stack)
-        stacked = states.unflatten(1, (-1, stack)).flatten(2)[:, : int(n_positions.max())]
-        speech = self.projector(stacked).to(self.llm.lm_head.weight.dtype)
-        return [clip[:n] for clip, n in zip(speech, n_positions.tolist(), strict=True)]
+        n_real = [n_states(len(clip)) for clip in audio]
+        speech = self.projector(states[:, : max(n_real)]).to(self.llm.lm_head.weight.dtype)
+        return [clip[:n] for clip, n in zip(speech, n_real, strict=True)]
 
     def splice(self, ids: Tensor, speech: Tensor) -> Tensor:
         """The row the LLM sees: embedded ids (T,) with speech where AUDIO_ID stands. -> (P, D)"""

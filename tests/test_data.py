@@ -419,15 +419,14 @@ def test_collate_pads_rows_on_the_right_and_keeps_every_clip_at_its_own_length(t
         assert batch.labels[i].tolist() == labels + [IGNORE] * padding
 
 
-def batches_of(rows: list[Row], tokenizer, stack: int = 1, budget: int = 10_000) -> Batches:
-    return Batches(rows, 1.0, tokenizer, "llama2", stack, budget, seed=1)
+def batches_of(rows: list[Row], tokenizer, budget: int = 10_000) -> Batches:
+    return Batches(rows, 1.0, tokenizer, "llama2", budget, seed=1)
 
 
-@pytest.mark.parametrize(("stack", "speech"), [(1, 50), (4, 13)])
-def test_the_size_of_an_example_is_its_speech_and_its_text(tokenizer, stack, speech):
+def test_the_size_of_an_example_is_its_speech_and_its_text(tokenizer):
     ids, _ = data.answer_row(Example(STUDIED, "st"), tokenizer, "llama2")
-    batches = batches_of([STUDIED], tokenizer, stack)
-    assert batches.size_of(Example(STUDIED, "st")) == speech + len(ids)
+    size = batches_of([STUDIED], tokenizer).size_of(Example(STUDIED, "st"))
+    assert size == 50 * STUDIED.seconds + len(ids)
 
 
 def test_an_epoch_holds_every_example_once_within_the_budget(tokenizer):

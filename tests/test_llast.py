@@ -13,8 +13,7 @@ import llast
 import toys
 from data import AUDIO_ID, IGNORE, Batch
 from llast import LLaST, LLaSTConfig
-
-SHAPES = [("clip", 1), ("clip", 4), ("30s", 1), ("30s", 4)]  # window, stack
+from whisper_encoder import WINDOWS
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +26,7 @@ def bases(tmp_path_factory):
 
 def config_for(bases: Path, **changes) -> LLaSTConfig:
     standard = dict(
-        template="llama2", window="clip", stack=1, encoder_rank=2, encoder_alpha=4.0, llm_rank=3,
+        template="llama2", window="clip", encoder_rank=2, encoder_alpha=4.0, llm_rank=3,
         llm_alpha=6.0, dropout=0.1, directions=("fr-en",),
     )  # fmt: skip
     paths = {"encoder": str(bases / "whisper"), "llm": str(bases / "llama")}
@@ -84,19 +83,15 @@ def test_splice_puts_speech_in_place_of_the_audio_id(bases):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("window", "stack"), SHAPES)
-def test_a_clip_is_worth_its_own_states_stacked(bases, window, stack):
-    model = trained_model(bases, window=window, stack=stack)
-    clip = hum(0.33)  # 17 states: the last stack is not full
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_clip_is_worth_its_own_states(bases, window):
+    model = trained_model(bases, window=window)
+    clip = hum(0.33)  # 17 states
     mel = llast.clip_to_mel(clip, toys.WHISPER["num_mel_bins"], window)[None]
     states = model.speech_encoder(mel)[0][:17]  # (S, Da)
     speech = model.encode_speech([clip])[0]
-    assert speech.shape == (-(-17 // stack), toys.LLAMA["hidden_size"])
-    for p, position in enumerate(speech):
-        together = states[p * stack : (p + 1) * stack].flatten()
-        wide = torch.zeros(stack * toys.WHISPER["d_model"])
-        wide[: len(together)] = together
-        torch.testing.assert_close(position, model.projector(wide), rtol=1e-4, atol=1e-4)
+    assert speech.shape == (17, toys.LLAMA["hidden_size"])
+    torch.testing.assert_close(speech, model.projector(states), rtol=1e-4, atol=1e-4)
 
 
 def test_a_clip_of_10_ms_is_one_position(bases):
@@ -119,16 +114,16 @@ def slow_losses(model: LLaST, clip: Tensor, prompt: list[int], answer: list[int]
     return [-log_probs[start + i - 1, token] for i, token in enumerate(answer)]
 
 
-@pytest.mark.parametrize(("window", "stack"), SHAPES)
-def test_the_loss_equals_a_slow_loop_over_answer_tokens(bases, window, stack):
-    model = trained_model(bases, window=window, stack=stack)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_the_loss_equals_a_slow_loop_over_answer_tokens(bases, window):
+    model = trained_model(bases, window=window)
     slow = [loss for row in ROWS for loss in slow_losses(model, *row)]
     torch.testing.assert_close(losses(model), torch.stack(slow), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("window", "stack"), SHAPES)
-def test_the_loss_of_a_row_does_not_depend_on_its_neighbours(bases, window, stack):
-    model = trained_model(bases, window=window, stack=stack)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_the_loss_of_a_row_does_not_depend_on_its_neighbours(bases, window):
+    model = trained_model(bases, window=window)
     alone = torch.cat([losses(model, [row]) for row in ROWS])
     torch.testing.assert_close(losses(model), alone, rtol=0, atol=1e-4)
 
@@ -219,9 +214,9 @@ def change(file: Path, how):
     llast.fingerprint.cache_clear()
 
 
-@pytest.mark.parametrize(("window", "stack"), SHAPES)
-def test_a_loaded_model_is_the_saved_one_bit_for_bit(bases, tmp_path, window, stack):
-    model = trained_model(bases, window=window, stack=stack)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_loaded_model_is_the_saved_one_bit_for_bit(bases, tmp_path, window):
+    model = trained_model(bases, window=window)
     model.save_pretrained(tmp_path / "run")
     loaded = LLaST.from_pretrained(tmp_path / "run")
     assert not loaded.training

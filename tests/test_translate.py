@@ -187,7 +187,7 @@ def made(tmp_path_factory):
 def save_model(made: Path, folder: Path, directions=("fr-en",)):
     config = LLaSTConfig(
         encoder=str(made / "whisper"), llm=str(made / "llama"), template="llama2", window="clip",
-        stack=2, encoder_rank=2, encoder_alpha=4.0, llm_rank=2, llm_alpha=4.0, dropout=0.5,
+        encoder_rank=2, encoder_alpha=4.0, llm_rank=2, llm_alpha=4.0, dropout=0.5,
         directions=directions,
     )  # fmt: skip
     model = LLaST(config)

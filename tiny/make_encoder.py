@@ -48,7 +48,9 @@ CONFIG = {
     "scale_embedding": False,
     "torch_dtype": "float16",
 }
-EPOCHS, LR, BUDGET = 5, 2e-3, 3200  # batches of BUDGET states
+BUDGET = 3200  # states in a batch
+# Two legs: epochs, first and last learning rate, and how much is hidden from it.
+LEGS = ((4, 2e-3, 4e-4, 2), (4, 1.2e-3, 0.0, 1))
 
 Clip = tuple[Tensor, list[int]]  # log-mel (M, 2S) in half precision, and the pieces spoken
 
@@ -95,11 +97,11 @@ def pad(mels: list[Tensor]) -> tuple[Tensor, Tensor]:
     return batch, torch.tensor([mel.shape[1] // 2 for mel in mels])
 
 
-def spec_augment(mel: Tensor) -> Tensor:
-    """Hide two bands of pitch and two moments of each clip (1904.08779), in place. (B, M, 2S)"""
+def spec_augment(mel: Tensor, masks: int) -> Tensor:
+    """Hide bands of pitch and moments, `masks` of each, in every clip (1904.08779). (B, M, 2S)"""
     B, M, frames = mel.shape
     for clip in mel:
-        for _ in range(2):
+        for _ in range(masks):
             low, wide = torch.randint(M - 12, ()), torch.randint(12, ())
             clip[low : low + wide] = 0
             start, long = torch.randint(max(1, frames - 15), ()), torch.randint(15, ())
@@ -134,43 +136,43 @@ def save(encoder: WhisperEncoder):
     save_file(weights, FOLDER / "model.safetensors", metadata={"format": "pt"})
 
 
-def train():
-    torch.manual_seed(SEED)
-    tokenizer = Tokenizer(TINY / "llama")
-    clips: list[Clip] = []
-    for language in LANGUAGES:
-        mels, texts = torch.load(SPEECH / f"{language}.pt", weights_only=True)
-        clips += [(mel, tokenizer.encode(text)) for mel, text in zip(mels, texts, strict=True)]
-    dev = {language: dev_clips(language, tokenizer) for language in LANGUAGES}
-
-    encoder = WhisperEncoder(
-        WhisperConfig(**{k: CONFIG[k] for k in WhisperConfig.__dataclass_fields__})
-    )
+def new_encoder() -> WhisperEncoder:
+    """Fresh weights, with Whisper's table of sinusoids for positions."""
+    config = {name: CONFIG[name] for name in WhisperConfig.__dataclass_fields__}
+    encoder = WhisperEncoder(WhisperConfig(**config))
     half = CONFIG["d_model"] // 2
     step = torch.exp(-torch.arange(half) * torch.log(torch.tensor(1e4)) / (half - 1))
     angle = torch.arange(CONFIG["max_source_positions"])[:, None] * step
     encoder.embed_positions.weight.data = torch.cat([angle.sin(), angle.cos()], dim=1)
     encoder.embed_positions.weight.requires_grad = False
-    blank = tokenizer.vocab_size
+    return encoder
+
+
+def train_leg(leg: int, encoder: WhisperEncoder, clips: list[Clip], dev: dict[str, list[Clip]]):
+    """A leg of training, with a fresh layer on top that writes pieces down or a blank."""
+    epochs, first_lr, last_lr, masks = LEGS[leg]
+    blank = Tokenizer(TINY / "llama").vocab_size
     head = nn.Linear(CONFIG["d_model"], blank + 1)
 
     def size_of(clip: Clip) -> int:
         return clip[0].shape[1] // 2
 
-    steps = EPOCHS * len(group(clips, size_of, BUDGET, SEED, 0))
+    steps = epochs * len(group(clips, size_of, BUDGET, SEED, 0))
+    fall = 1 - last_lr / first_lr
     weights = [p for p in (*encoder.parameters(), *head.parameters()) if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=LR, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(weights, lr=first_lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / 300, 1) * max(0.01, 1 - i / steps)
+        optimizer, lambda i: min((i + 1) / 300, max(0.01, 1 - fall * i / steps))
     )
     start = time.time()
-    for epoch in range(EPOCHS):
-        random.Random(f"{SEED} {epoch}").shuffle(clips)
+    for epoch in range(epochs):
+        encoder.train()
+        random.Random(f"{SEED} {leg} {epoch}").shuffle(clips)
         losses = []
         for batch in group(clips, size_of, BUDGET, SEED, epoch):
             mel, lengths = pad([mel for mel, _ in batch])
             with torch.autocast("cpu", torch.bfloat16):
-                states = encoder(spec_augment(mel), lengths)
+                states = encoder(spec_augment(mel, masks), lengths)
             scores = head(states.float()).log_softmax(-1).transpose(0, 1)
             pieces = [torch.tensor(pieces) for _, pieces in batch]
             n_pieces = torch.tensor([len(p) for p in pieces])
@@ -184,19 +186,32 @@ def train():
             schedule.step()
             losses.append(loss.item())
             if len(losses) % 100 == 0:
-                mean = sum(losses[-100:]) / 100
-                print(f"epoch {epoch} step {len(losses)} of {steps // EPOCHS} loss {mean:.3f} "
-                      f"seconds {time.time() - start:.0f}", flush=True)  # fmt: skip
+                mean, seconds = sum(losses[-100:]) / 100, time.time() - start
+                print(f"leg {leg} epoch {epoch} step {len(losses)} of {steps // epochs} "
+                      f"loss {mean:.3f} seconds {seconds:.0f}", flush=True)  # fmt: skip
         encoder.eval()
         errors = {language: round(error_rate(encoder, head, dev[language]), 3) for language in dev}
         print(
-            f"epoch {epoch} errors in pieces on unseen voices and sentences: {errors}", flush=True
+            f"leg {leg} epoch {epoch}: wrong pieces on unseen voices and sentences {errors}",
+            flush=True,
         )
         save(encoder)
 
 
-if __name__ == "__main__":
+def main():
+    torch.manual_seed(SEED)
+    tokenizer = Tokenizer(TINY / "llama")
+    clips: list[Clip] = []
     for language in LANGUAGES:
         if not (SPEECH / f"{language}.pt").exists():
             make_speech(language)
-    train()
+        mels, texts = torch.load(SPEECH / f"{language}.pt", weights_only=True)
+        clips += [(mel, tokenizer.encode(text)) for mel, text in zip(mels, texts, strict=True)]
+    dev = {language: dev_clips(language, tokenizer) for language in LANGUAGES}
+    encoder = new_encoder()
+    for leg in range(len(LEGS)):
+        train_leg(leg, encoder, clips, dev)
+
+
+if __name__ == "__main__":
+    main()
