@@ -47,9 +47,9 @@ class Preset:
     beams: int
 
 
-# The paper's systems, with every number of the original's released configs but two: a batch there is
-# 16 rows of any length, here a budget of positions of about that size; and the learning rate falls
-# along a cosine there, here along a line, as the paper says.
+# The paper's systems, with every number of the original's released configs but two: a batch is 16
+# rows of any length there, a budget of positions of about that size here; and the learning rate
+# falls along a cosine there, along a line here, as the paper says.
 PAPER = dict(
     window="30s", encoder_rank=128, encoder_alpha=64, llm_rank=512, llm_alpha=256,
     dropout=0.05, lr=2e-4, warmup=0.03, batch=6400, accumulate=2, epochs=1, beams=5,
