@@ -39,6 +39,7 @@ class Preset:
     llm_rank: int
     llm_alpha: float
     dropout: float
+    asr: float  # share of clips that are also transcribed
     lr: float  # peak
     warmup: float  # share of all steps
     batch: int  # positions
@@ -52,13 +53,13 @@ class Preset:
 # falls along a cosine there, along a line here, as the paper says.
 PAPER = dict(
     window="30s", encoder_rank=128, encoder_alpha=64, llm_rank=512, llm_alpha=256,
-    dropout=0.05, lr=2e-4, warmup=0.03, batch=6400, accumulate=2, epochs=1, beams=5,
+    dropout=0.05, asr=1.0, lr=2e-4, warmup=0.03, batch=6400, accumulate=2, epochs=1, beams=5,
 )  # fmt: skip
 PRESETS = {
     "tiny": Preset(
         template="llama2", window="clip", encoder_rank=16, encoder_alpha=32, llm_rank=16,
-        llm_alpha=32, dropout=0.0, lr=2e-3, warmup=0.05, batch=2200, accumulate=1, epochs=6,
-        beams=5,
+        llm_alpha=32, dropout=0.0, asr=0.0, lr=2e-3, warmup=0.05, batch=700, accumulate=1,
+        epochs=6, beams=5,
     ),
     "llast-2b": Preset(template="tinyllama", **PAPER),  # whisper-large-v2, TinyLlama-1.1B-Chat
     "llast-8b": Preset(template="llama2", **PAPER),  # whisper-large-v2, Llama-2-7b-chat
@@ -79,7 +80,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--encoder", type=Path, default=tiny / "whisper", help="folder of a Whisper checkpoint")
     add("--llm", type=Path, default=tiny / "llama", help="folder of a Llama checkpoint")
     add("--out", type=Path, help="folder to write; runs/LANG if not given")
-    add("--asr", type=float, default=1.0, help="share of clips also transcribed, 0 to 1")
+    add(
+        "--asr",
+        type=float,
+        help="share of clips also transcribed, 0 to 1; the preset's if not given",
+    )
     add("--clips", type=int, help="train on the first so many clips of each language")
     add("--window", choices=WINDOWS, help="what the encoder is given; the preset's if not given")
     add("--epochs", type=int, help="passes over all clips; the preset's if not given")
@@ -96,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def short(path: Path) -> str:
     """The path as one would type it here."""
-    return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path)
+    return os.path.relpath(path) if path.absolute().is_relative_to(Path.cwd()) else str(path)
 
 
 def with_flags(preset: Preset, args: argparse.Namespace) -> Preset:
@@ -316,7 +321,7 @@ def run(args: argparse.Namespace):
     model = LLaST(config, dtype).to(device)
     print_parts(model)
     drawn = model.tokenizer, settings.template, settings.batch, args.seed
-    batches = Batches(splits["train"], args.asr, *drawn)
+    batches = Batches(splits["train"], settings.asr, *drawn)
     dev = Batches(splits["dev"], 0.0, *drawn)
     print_corpus(splits, batches)
 

@@ -127,6 +127,22 @@ def test_a_clip_that_cannot_be_used_is_named_with_the_reason(tmp_path):
 # ---------------------------------------------------------------------------------------- languages
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("ger", "de"),
+        ("german", "de"),
+        ("Germn", "de"),
+        ("spa", "es"),
+        ("zh", "zh-CN"),
+        ("FR", "fr"),
+    ],
+)
+def test_an_unknown_language_is_answered_with_the_nearest(typed, meant):
+    with pytest.raises(ValueError, match=f"did you mean '{meant}'"):
+        data.check_language(typed)
+
+
 # ------------------------------------------------------------------------------------------ corpora
 
 
@@ -203,22 +219,6 @@ def test_clips_that_are_missing_broken_or_too_long_are_named(corpus):
         "empty.wav",
     ]
     assert "30.0 s long" in unusable[2] and "0.0 s long" in unusable[3]
-
-
-@pytest.mark.parametrize(
-    ("typed", "meant"),
-    [
-        ("ger", "de"),
-        ("german", "de"),
-        ("Germn", "de"),
-        ("spa", "es"),
-        ("zh", "zh-CN"),
-        ("FR", "fr"),
-    ],
-)
-def test_an_unknown_language_is_answered_with_the_nearest(typed, meant):
-    with pytest.raises(ValueError, match=f"did you mean '{meant}'"):
-        data.check_language(typed)
 
 
 def test_a_language_without_data_is_answered_with_what_there_is(corpus):

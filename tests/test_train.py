@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import data
 import train
 from llast import LLaST
 from translate import translate
@@ -46,7 +47,7 @@ def run(monkeypatch, *flags) -> int:
 
 
 def flags_for(corpus, out, *more):
-    return ("--data", corpus, "--out", out, "--epochs", 1, *more)
+    return ("--data", corpus, "--out", out, "--epochs", 1, "--asr", 1, *more)
 
 
 def test_two_runs_with_one_seed_are_equal_and_another_seed_is_not(monkeypatch, corpus, tmp_path):
@@ -74,8 +75,12 @@ def test_a_run_writes_the_files_that_the_readme_names(monkeypatch, corpus, tmp_p
     assert "dev_loss" in steps[-1]
 
     printed = capsys.readouterr().out
-    assert "fr-en       train         24" in printed  # the corpus as a table
-    assert "24          12" in printed  # to translate, to transcribe
+    table = [line.split() for line in printed.splitlines() if " train " in line]
+    assert [row[:3] + row[4:5] for row in table] == [
+        ["de-en", "train", "24", "24"],  # direction, split, clips, of them to translate
+        ["fr-en", "train", "24", "24"],
+    ]
+    assert sum(int(row[5]) for row in table) == 24  # to transcribe: half of all
     for part in ("encoder LoRA", "projector", "LLM LoRA"):
         assert part in printed
     assert "python translate.py --model" in printed
@@ -129,21 +134,17 @@ def test_what_cannot_be_done_is_said(monkeypatch, tmp_path, capsys, flags, messa
 def test_a_clip_that_breaks_after_the_start_is_left_out_and_named(
     monkeypatch, corpus, tmp_path, capsys
 ):
-    import data
-
-    broken = "phrasebook_fr_00"
+    table = (corpus / "fr" / "covost_v2.fr_en.tsv").read_text().splitlines()
+    broken = next(line.split("\t")[0] for line in table if line.endswith("\ttrain"))
 
     def load(path):
-        if path.name == next(iter(names)):
-            raise data.AudioError(f"{path}: the disk lost it")
+        if path.name == broken:
+            raise data.AudioError(path, "the disk lost it")
         return data.load_audio(path)
 
-    table = (corpus / "fr" / "covost_v2.fr_en.tsv").read_text().splitlines()
-    names = [line.split("\t")[0] for line in table if line.endswith("\ttrain")]
-    assert names[0].startswith(broken)
     monkeypatch.setattr(data, "remembered_audio", load)
     assert run(monkeypatch, *flags_for(corpus, tmp_path / "run")) == 0
-    assert f"{names[0]}: the disk lost it" in capsys.readouterr().out
+    assert f"{broken}: the disk lost it" in capsys.readouterr().out
 
 
 def test_ctrl_c_leaves_a_model_that_works(corpus, tmp_path):

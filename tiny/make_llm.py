@@ -47,7 +47,13 @@ CONFIG = {
     "eos_token_id": 2,
     "torch_dtype": "float16",
 }
-STEPS, ROWS, LR = 2500, 64, 2e-3
+# Two legs: steps, rows in a step, peak learning rate, share of short phrases at the start, share of
+# worn sources, and how many fillers may stand between two pieces of those. Speech has many states
+# to a word: the second leg makes the LLM used to text as far apart as that.
+LEGS = (
+    (2500, 64, 2e-3, 1.0, 0.5, (0, 0, 0, 1, 2)),
+    (800, 32, 6e-4, 0.1, 0.75, tuple(range(15))),
+)
 
 
 def make_tokenizer():
@@ -81,8 +87,8 @@ def make_tokenizer():
 class Texts:
     """Training rows, drawn without end."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.rng, self.held = tokenizer, random.Random(SEED), held_out_texts()
+    def __init__(self, tokenizer: Tokenizer, seed: str):
+        self.tokenizer, self.rng, self.held = tokenizer, random.Random(seed), held_out_texts()
         self.filler = tokenizer.pieces.piece_to_id("▁")
 
     def meaning(self, share_of_phrases: float) -> dict[str, str]:
@@ -93,7 +99,7 @@ class Texts:
             if self.held.isdisjoint(meaning.values()):
                 return meaning
 
-    def worn(self, ids: list[int]) -> list[int]:
+    def worn(self, ids: list[int], gaps: tuple[int, ...]) -> list[int]:
         """Text as a bad line gives it: pieces repeated, spaced out, sometimes wrong or lost.
 
         A large LLM understands such text; a small one must have met it, or speech that is a little
@@ -107,12 +113,12 @@ class Texts:
             if chance < 0.07:
                 i = self.rng.randrange(259, VOCAB)
             out += [i] * self.rng.choice((1, 1, 1, 2, 3))
-            out += [self.filler] * self.rng.choice((0, 0, 0, 1, 2))
+            out += [self.filler] * self.rng.choice(gaps)
         return out
 
-    def row(self, share_of_phrases: float) -> tuple[list[int], list[int]]:
+    def row(self, phrases: float, worn: float, gaps) -> tuple[list[int], list[int]]:
         """Ids and labels of one row: 3/4 translation, 1/8 repetition, 1/8 plain text."""
-        meaning, encode = self.meaning(share_of_phrases), self.tokenizer.encode
+        meaning, encode = self.meaning(phrases), self.tokenizer.encode
         kind = self.rng.random()
         foreign = self.rng.choice(("fr", "de", "es"))
         if kind < 1 / 8:
@@ -126,8 +132,8 @@ class Texts:
         else:
             task, source, target = "st", foreign, "en"
         text = encode(meaning[source])
-        if self.rng.random() < 0.5:
-            text = self.worn(text)
+        if self.rng.random() < worn:
+            text = self.worn(text, gaps)
         prompt = []
         for i in prompt_ids(prompt_for(task, source, target), self.tokenizer):
             prompt += text if i == AUDIO_ID else [i]
@@ -160,20 +166,24 @@ def exact_share(model: Llama, tokenizer: Tokenizer, source: str) -> float:
     return right / len(meanings)
 
 
-def train():
-    torch.manual_seed(SEED)
-    tokenizer = Tokenizer(FOLDER)
+def new_llama() -> Llama:
     model = Llama(LlamaConfig.from_json(FOLDER / "config.json"))
     for weight in model.parameters():
         if weight.dim() == 2:
             torch.nn.init.normal_(weight, std=0.02)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.01)
+    return model
+
+
+def train_leg(leg: int, model: Llama, tokenizer: Tokenizer):
+    steps, n_rows, lr, phrases, worn, gaps = LEGS[leg]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 100, 1) * max(0.01, 1 - step / STEPS)
+        optimizer, lambda step: min((step + 1) / 100, 1) * max(0.01, 1 - step / steps)
     )
-    texts, start = Texts(tokenizer), time.time()
-    for step in range(1, STEPS + 1):
-        rows = [texts.row(max(0.1, 1 - 2 * step / STEPS)) for _ in range(ROWS)]
+    texts, start = Texts(tokenizer, f"{SEED} {leg}"), time.time()
+    for step in range(1, steps + 1):
+        share = max(0.1, phrases * (1 - 2 * step / steps))
+        rows = [texts.row(share, worn, gaps) for _ in range(n_rows)]
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of(model, rows)
         loss.backward()
@@ -183,16 +193,20 @@ def train():
         schedule.step()
         if step % 200 == 0:
             seconds = time.time() - start
-            print(f"step {step} loss {loss.item():.3f} seconds {seconds:.0f}", flush=True)
-        if step % 1000 == 0:
-            shares = {
-                source: exact_share(model, tokenizer, source) for source in ("fr", "de", "es")
-            }
-            print(f"exact text translations of unseen sentences: {shares}", flush=True)
+            print(f"leg {leg} step {step} loss {loss.item():.3f} seconds {seconds:.0f}", flush=True)
+    shares = {source: exact_share(model, tokenizer, source) for source in ("fr", "de", "es")}
+    print(f"leg {leg}: exact text translations of unseen sentences {shares}", flush=True)
     weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, FOLDER / "model.safetensors", metadata={"format": "pt"})
 
 
-if __name__ == "__main__":
+def main():
+    torch.manual_seed(SEED)
     make_tokenizer()
-    train()
+    tokenizer, model = Tokenizer(FOLDER), new_llama()
+    for leg in range(len(LEGS)):
+        train_leg(leg, model, tokenizer)
+
+
+if __name__ == "__main__":
+    main()
