@@ -58,8 +58,8 @@ PAPER = dict(
 PRESETS = {
     "tiny": Preset(
         template="llama2", window="clip", encoder_rank=16, encoder_alpha=32, llm_rank=16,
-        llm_alpha=32, dropout=0.0, asr=0.0, lr=2e-3, warmup=0.05, batch=700, accumulate=1,
-        epochs=6, beams=5,
+        llm_alpha=32, dropout=0.0, asr=0.0, lr=1e-3, warmup=0.05, batch=1100, accumulate=1,
+        epochs=5, beams=5,
     ),
     "llast-2b": Preset(template="tinyllama", **PAPER),  # whisper-large-v2, TinyLlama-1.1B-Chat
     "llast-8b": Preset(template="llama2", **PAPER),  # whisper-large-v2, Llama-2-7b-chat

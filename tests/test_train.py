@@ -104,7 +104,7 @@ def test_a_folder_with_another_configuration_is_refused_and_left_alone(
     assert run(monkeypatch, *flags_for(corpus, out)) == 0
     before = (out / "llast.safetensors").read_bytes()
     assert run(monkeypatch, *flags_for(corpus, out, "--lr", 0.5)) == 2
-    assert "lr: 0.002 there, 0.5 now" in capsys.readouterr().err
+    assert "lr: 0.001 there, 0.5 now" in capsys.readouterr().err
     assert (out / "llast.safetensors").read_bytes() == before
 
     other = tmp_path / "letters"
