@@ -75,7 +75,7 @@ def test_a_run_writes_the_files_that_the_readme_names(monkeypatch, corpus, tmp_p
     assert "dev_loss" in steps[-1]
 
     printed = capsys.readouterr().out
-    table = [line.split() for line in printed.splitlines() if " train " in line]
+    table = [row for row in map(str.split, printed.splitlines()) if row[1:2] == ["train"]]
     assert [row[:3] + row[4:5] for row in table] == [
         ["de-en", "train", "24", "24"],  # direction, split, clips, of them to translate
         ["fr-en", "train", "24", "24"],
