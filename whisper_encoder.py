@@ -221,7 +221,10 @@ class WhisperEncoder(nn.Module):
 
 
 def must_match(wanted: dict[str, Tensor], found: dict[str, Tensor], where):
-    """Refuse, with lists, weights that do not have exactly the wanted names and shapes."""
+    """Refuse, with lists, weights that do not have exactly the wanted names and shapes.
+
+    llama.py has the same function: either file can be read, or taken away, without the other.
+    """
     common = sorted(wanted.keys() & found.keys())
     wrong = {
         "missing": sorted(wanted.keys() - found.keys()),
