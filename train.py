@@ -295,7 +295,13 @@ def finish(model: LLaST, rows: list[Row], settings: Preset, out: Path, began: fl
     print(
         f"\n{results['seconds']:.0f} s in all. The model and its scores are in {short(out)}. Try:"
     )
-    print(f"    python translate.py --model {short(out)} {short(rows[0].path)}")
+    print_command(rows, out)
+
+
+def print_command(rows: list[Row], out: Path):
+    """How to translate a test clip; a model of several languages has to be told which it hears."""
+    lang = f" --lang {rows[0].source}" if len(by_direction(rows)) > 1 else ""
+    print(f"    python translate.py --model {short(out)}{lang} {short(rows[0].path)}")
 
 
 def run(args: argparse.Namespace):
@@ -336,7 +342,7 @@ def run(args: argparse.Namespace):
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C; saving what has been learnt so far")
         model.save_pretrained(out)
-        print(f"    python translate.py --model {short(out)} {short(splits['test'][0].path)}")
+        print_command(splits["test"], out)
         return 130
     return 0
 

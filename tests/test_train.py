@@ -83,7 +83,8 @@ def test_a_run_writes_the_files_that_the_readme_names(monkeypatch, corpus, tmp_p
     assert sum(int(row[5]) for row in table) == 24  # to transcribe: half of all
     for part in ("encoder LoRA", "projector", "LLM LoRA"):
         assert part in printed
-    assert "python translate.py --model" in printed
+    command = next(line for line in printed.splitlines() if "python translate.py" in line)
+    assert "--lang fr" in command  # of two languages
     clip = next((corpus / "de" / "clips").iterdir())
     [result] = translate(LLaST.from_pretrained(out), [clip], source="de", max_new_tokens=4)
     assert result.error is None
