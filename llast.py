@@ -68,12 +68,11 @@ class LLaSTConfig:
 class Projector(nn.Module):
     """The adaptor: three linear layers, exact GELU between them. (..., Da) -> (..., D)"""
 
-    def __init__(self, wide: int, D: int):
+    def __init__(self, Da: int, D: int):
         super().__init__()
-        self.model = (
-            nn.Sequential(  # the original's name, so its tensors are `projector.model.0...`
-                nn.Linear(wide, D), nn.GELU(), nn.Linear(D, D), nn.GELU(), nn.Linear(D, D)
-            )
+        # `model` is the original's name: its tensors are called projector.model.0.weight and so on.
+        self.model = nn.Sequential(
+            nn.Linear(Da, D), nn.GELU(), nn.Linear(D, D), nn.GELU(), nn.Linear(D, D)
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -80,20 +80,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--encoder", type=Path, default=tiny / "whisper", help="folder of a Whisper checkpoint")
     add("--llm", type=Path, default=tiny / "llama", help="folder of a Llama checkpoint")
     add("--out", type=Path, help="folder to write; runs/LANG if not given")
-    add(
-        "--asr",
-        type=float,
-        help="share of clips also transcribed, 0 to 1; the preset's if not given",
-    )
+    add("--asr", type=float, help="share of clips also transcribed; the preset's if not given")
     add("--clips", type=int, help="train on the first so many clips of each language")
     add("--window", choices=WINDOWS, help="what the encoder is given; the preset's if not given")
     add("--epochs", type=int, help="passes over all clips; the preset's if not given")
     add("--lr", type=float, help="peak learning rate; the preset's if not given")
-    add(
-        "--batch",
-        type=int,
-        help="positions (speech and text) in a batch; the preset's if not given",
-    )
+    add("--batch", type=int, help="positions, speech and text; the preset's if not given")
     add("--accumulate", type=int, help="batches in one optimizer step; the preset's if not given")
     add("--seed", type=int, default=0, help="the one number that all randomness follows from")
     return parser
@@ -144,12 +136,11 @@ def print_corpus(splits: dict[str, list[Row]], batches: Batches):
         f"{'direction':12}{'split':8}{'clips':>8}{'minutes':>10}{'translate':>12}{'transcribe':>12}"
     )
     for split, rows in splits.items():
-        for direction in sorted({(row.source, row.target) for row in rows}):
-            here = [row for row in rows if (row.source, row.target) == direction]
+        for direction, here in sorted(by_direction(rows).items()):
             minutes = sum(row.seconds for row in here) / 60
-            drawn = [e.task for e in examples if (e.row.source, e.row.target) == direction]
+            drawn = [e.task for e in examples if f"{e.row.source}-{e.row.target}" == direction]
             tasks = [drawn.count("st"), drawn.count("asr")] if split == "train" else [len(here), 0]
-            print(f"{'-'.join(direction):12}{split:8}{len(here):8,}{minutes:10.1f}"
+            print(f"{direction:12}{split:8}{len(here):8,}{minutes:10.1f}"
                   f"{tasks[0]:12,}{tasks[1]:12,}")  # fmt: skip
     print()
 

@@ -30,7 +30,7 @@ from data import (
     prompt_ids,
     read_corpus,
 )
-from llama import Llama
+from llama import Cache, Llama
 from llast import LLaST, pick_device
 from lora import merge_lora
 
@@ -72,6 +72,22 @@ class Finished:
             self.done |= self.score(best_running, length) <= self.best[-1].score
 
 
+def read_prompts(llm: Llama, prompts: list[Tensor], W: int) -> tuple[Tensor, Cache, Tensor]:
+    """Read each prompt (P, D) once, then give each of its W beams what was read.
+
+    Beam w of clip b is row b * W + w. Returns the last state of each row (B*W, D), the cache, and
+    which of its keys are real rather than padding (B*W, P).
+    """
+    B, device = len(prompts), prompts[0].device
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    x = pad_sequence(prompts, batch_first=True)  # (B, P, D)
+    is_real = torch.arange(x.shape[1], device=device) < lengths[:, None]  # (B, P)
+    hidden, cache = llm.hidden(x)  # (B, P, D)
+    last = hidden[torch.arange(B, device=device), lengths - 1]  # (B, D)
+    cache = [(k.repeat_interleave(W, dim=0), v.repeat_interleave(W, dim=0)) for k, v in cache]
+    return last.repeat_interleave(W, dim=0), cache, is_real.repeat_interleave(W, dim=0)
+
+
 @torch.inference_mode()
 def beam_search(
     llm: Llama,
@@ -89,17 +105,9 @@ def beam_search(
     B, W, V = len(prompts), beams, llm.config.vocab_size
     device = prompts[0].device
     finished = [Finished(W, length_penalty) for _ in prompts]
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    x = pad_sequence(prompts, batch_first=True)  # (B, P, D)
-    is_real = torch.arange(x.shape[1], device=device) < lengths[:, None]  # (B, P)
-
-    hidden, cache = llm.hidden(x)  # (B, P, D)
-    last = hidden[torch.arange(B, device=device), lengths - 1]  # (B, D)
-    # Beam w of clip b is row b * W + w. At first all beams of a clip are one and the same, so only
-    # the first may be continued.
-    last = last.repeat_interleave(W, dim=0)  # (B*W, D)
-    cache = [(k.repeat_interleave(W, dim=0), v.repeat_interleave(W, dim=0)) for k, v in cache]
-    is_real = is_real.repeat_interleave(W, dim=0)  # (B*W, P)
+    last, cache, is_real = read_prompts(llm, prompts, W)
+    lengths = is_real.sum(dim=1)  # (B*W,)
+    # At first all beams of a clip are one and the same, so only the first may be continued.
     running = torch.tensor([0.0] + [-torch.inf] * (W - 1), device=device).repeat(B, 1)  # (B, W)
     answers = torch.empty(B * W, 0, dtype=torch.long, device=device)  # (B*W, 0)
     n_ends = len(eos_ids)
@@ -129,7 +137,7 @@ def beam_search(
 
         cache = [(k[rows], v[rows]) for k, v in cache]
         is_real = torch.cat([is_real, is_real.new_ones(B * W, 1)], dim=1)  # (B*W, P + length)
-        positions = (lengths.repeat_interleave(W) + length - 1)[:, None]  # (B*W, 1)
+        positions = (lengths + length - 1)[:, None]  # (B*W, 1)
         hidden, cache = llm.hidden(llm.embed(token.view(-1, 1)), cache, positions, is_real)
         last = hidden[:, 0]  # (B*W, D)
 
