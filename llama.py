@@ -8,14 +8,20 @@ load without a table of names. Cached steps equal the full pass: tests/test_llam
 """
 
 import json
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Cache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, both (B, Hk, past, Dh)
 
@@ -34,7 +40,6 @@ class LlamaConfig:
     rms_norm_eps: float
     rope_theta: float
     tie_word_embeddings: bool
-    max_position_embeddings: int  # positions seen in pretraining
 
     @classmethod
     def from_json(cls, path):
@@ -50,6 +55,8 @@ class LlamaConfig:
             "attention_bias": raw.get("attention_bias", False),
             "mlp_bias": raw.get("mlp_bias", False),
             "hidden_act": raw.get("hidden_act", "silu") != "silu",
+            "sliding_window": raw.get("sliding_window") is not None,
+            "partial_rotary_factor": raw.get("partial_rotary_factor", 1.0) != 1.0,
         }
         if any(refused.values()):
             asked = {name: raw.get(name, scaling) for name, bad in refused.items() if bad}
@@ -185,6 +192,7 @@ class Llama(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.recompute = False  # keep a layer's input only, and run it again in the backward pass
         self.tie()
 
     def tie(self):
@@ -221,7 +229,10 @@ class Llama(nn.Module):
 
         grown = []
         for i, layer in enumerate(self.model.layers):
-            x, present = layer(x, cos, sin, cache[i] if cache else None, can_attend)
+            if self.recompute and torch.is_grad_enabled():
+                x, present = checkpoint(layer, x, cos, sin, use_reentrant=False)
+            else:
+                x, present = layer(x, cos, sin, cache[i] if cache else None, can_attend)
             grown.append(present)
         return self.model.norm(x), grown
 
@@ -234,21 +245,26 @@ class Llama(nn.Module):
         return self.logits(hidden)
 
     @classmethod
-    def from_pretrained(cls, folder, dtype: torch.dtype = torch.float32) -> "Llama":
-        """Read a Hugging Face Llama folder: config.json and model.safetensors, every tensor of it.
+    def from_pretrained(cls, folder, dtype: torch.dtype = torch.float32, device="cpu") -> "Llama":
+        """Read a Hugging Face Llama folder, or one of Meta's own (params.json, consolidated.*.pth).
 
-        Only `rotary_emb.inv_freq` of old files is left out, by name: it follows from rope_theta.
+        Every tensor must be there with its shape, and no other. Only `rotary_emb.inv_freq` and
+        `rope.freqs` of old files are left out, by name: they follow from rope_theta.
         """
         folder = Path(folder)
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} has no {name}; a Llama folder must have it")
+        if (folder / "config.json").is_file():
+            config = LlamaConfig.from_json(folder / "config.json")
+            stored = chain.from_iterable(map(stored_tensors, weight_files(folder)))
+        elif (folder / "params.json").is_file():
+            config, stored = read_meta(folder)
+        else:
+            raise FileNotFoundError(f"{folder} is no Llama: no config.json, no params.json there")
         with torch.device("meta"):
-            llama = cls(LlamaConfig.from_json(folder / "config.json"))
+            llama = cls(config)
         weights = {
-            name: tensor.to(dtype)
-            for name, tensor in load_file(folder / "model.safetensors").items()
-            if not name.endswith("rotary_emb.inv_freq")
+            name: tensor.to(device, dtype)
+            for name, tensor in stored
+            if not name.endswith(("rotary_emb.inv_freq", "rope.freqs"))
         }
         embedding = weights.get("model.embed_tokens.weight")
         if llama.config.tie_word_embeddings and embedding is not None:
@@ -258,6 +274,112 @@ class Llama(nn.Module):
         llama.load_state_dict(weights, assign=True)
         llama.tie()
         return llama
+
+
+META_NAMES = {  # Meta's name: the name here, and the dimension along which its files are joined
+    "tok_embeddings": ("model.embed_tokens", 1),
+    "attention.wq": ("self_attn.q_proj", 0),
+    "attention.wk": ("self_attn.k_proj", 0),
+    "attention.wv": ("self_attn.v_proj", 0),
+    "attention.wo": ("self_attn.o_proj", 1),
+    "feed_forward.w1": ("mlp.gate_proj", 0),
+    "feed_forward.w2": ("mlp.down_proj", 1),
+    "feed_forward.w3": ("mlp.up_proj", 0),
+    "attention_norm": ("input_layernorm", None),  # the same in every file
+    "ffn_norm": ("post_attention_layernorm", None),
+    "norm": ("model.norm", None),
+    "output": ("lm_head", 0),
+}
+
+
+def read_meta(folder: Path) -> tuple[LlamaConfig, Iterator[tuple[str, Tensor]]]:
+    """Configuration and (name, tensor) pairs of Meta's own files, joined and named as here."""
+    params = json.loads((folder / "params.json").read_text())
+    if params.get("use_scaled_rope"):
+        raise ValueError(f"{folder}/params.json asks for use_scaled_rope, which is not built here")
+    files = sorted(folder.glob("consolidated.*.pth"))
+    names = [file.name for file in files]
+    if not names or names != [f"consolidated.{i:02}.pth" for i in range(len(names))]:
+        raise FileNotFoundError(f"{folder} needs consolidated.00.pth and on, found {names}")
+    parts = [dict(stored_tensors(file)) for file in files]
+    uneven = [
+        name
+        for name in sorted(set().union(*parts))
+        if len({part[name].shape if name in part else None for part in parts}) > 1
+    ]
+    if uneven or "tok_embeddings.weight" not in parts[0]:
+        what = uneven[:8] or "no tok_embeddings.weight"
+        raise ValueError(f"the files {names} in {folder} do not belong together: {what}")
+    H, Hk = params["n_heads"], params.get("n_kv_heads") or params["n_heads"]
+    wide = int((params.get("ffn_dim_multiplier") or 1) * int(8 * params["dim"] / 3))
+    config = LlamaConfig(
+        hidden_size=params["dim"],
+        intermediate_size=-(-wide // params["multiple_of"]) * params["multiple_of"],
+        num_hidden_layers=params["n_layers"],
+        num_attention_heads=H,
+        num_key_value_heads=Hk,
+        head_dim=params["dim"] // H,
+        vocab_size=len(parts[0]["tok_embeddings.weight"]),  # params.json says -1
+        rms_norm_eps=params["norm_eps"],
+        rope_theta=params.get("rope_theta", 10_000.0),
+        tie_word_embeddings=False,
+    )
+    return config, (join_meta(name, parts, config.head_dim) for name in sorted(parts[0]))
+
+
+def join_meta(name: str, parts: list[dict[str, Tensor]], Dh: int) -> tuple[str, Tensor]:
+    """One tensor, put together from its part in every file, under its name here."""
+    layer, last = re.fullmatch(r"(layers\.\d+\.)?(.*?)(?:\.weight)?", name).groups()
+    if last not in META_NAMES:
+        return name, parts[0][name]  # nothing here has that name, and must_match will say so
+    ours, dim = META_NAMES[last]
+    pieces = [part[name] for part in parts]
+    tensor = pieces[0] if dim is None or len(pieces) == 1 else torch.cat(pieces, dim)
+    if last in ("attention.wq", "attention.wk") and len(tensor) % Dh == 0:
+        # Meta turns dimension i together with i + 1, this file with i + Dh/2: see `rotate`.
+        pairs = tensor.reshape(-1, Dh // 2, 2, tensor.shape[-1])
+        tensor = pairs.transpose(1, 2).reshape(tensor.shape)
+    return f"{'model.' + layer if layer else ''}{ours}.weight", tensor
+
+
+# ------------------------------------------------------------------------------------ weight files
+
+# whisper_encoder.py holds the same three functions: either file can be read, or taken away,
+# without the other.
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with the weights of a Hugging Face folder, safetensors before pickles."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            absent = [shard for shard in shards if not (folder / Path(shard).name).is_file()]
+            if absent:
+                raise FileNotFoundError(f"{folder} lacks {absent}, which {index.name} names")
+            return [folder / Path(shard).name for shard in shards]
+    raise FileNotFoundError(
+        f"{folder} has no weights: looked for model.safetensors, pytorch_model.bin and their "
+        f"model.safetensors.index.json, pytorch_model.bin.index.json"
+    )
+
+
+def stored_tensors(file: Path):
+    """Every (name, tensor) of a weight file, read when asked for; code in the file is never run."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as stored:
+                for name in stored.keys():  # noqa: SIM118, it is no dict
+                    yield name, stored.get_tensor(name)
+        else:
+            mapped = zipfile.is_zipfile(file)  # files from before torch 1.6 are not
+            yield from torch.load(file, "cpu", weights_only=True, mmap=mapped).items()
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{file} cannot be read (fetch it again if cut short): {error}") from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{file} holds more than weights, and is not opened: {error}") from error
 
 
 def must_match(wanted: dict[str, Tensor], found: dict[str, Tensor], where):
@@ -284,28 +406,47 @@ class Tokenizer:
     """Text <-> ids through a checkpoint's tokenizer.model.
 
     `encode` reads its argument as text and nothing else: "</s>" in it is four ordinary characters.
-    Special tokens are put in by their ids, which config.json names.
+    Special tokens are put in by their ids, which config.json and added_tokens.json name.
     """
 
     def __init__(self, folder):
         folder = Path(folder)
         if not (folder / "tokenizer.model").is_file():
-            raise FileNotFoundError(f"{folder} has no tokenizer.model (a sentencepiece file)")
+            raise FileNotFoundError(
+                f"{folder} has no tokenizer.model (a sentencepiece file; Meta's downloads have it "
+                f"one folder up, copy it)"
+            )
         model_file = str(folder / "tokenizer.model")
         self.pieces = sentencepiece.SentencePieceProcessor(model_file=model_file)
-        config = json.loads((folder / "config.json").read_text())
+        self.added: dict[str, int] = read_json(folder / "added_tokens.json")  # beside the pieces
+        config = read_json(folder / "config.json")
         bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
         bos = self.pieces.bos_id() if bos is None else bos
         eos = self.pieces.eos_id() if eos is None else eos
         self.bos_id: int = bos
         self.eos_ids: list[int] = eos if isinstance(eos, list) else [eos]  # any of them ends text
         self.eos_id: int = self.eos_ids[0]  # the one to learn
-        self.vocab_size: int = self.pieces.vocab_size()
+        self.n_pieces: int = self.pieces.vocab_size()
+        self.vocab_size: int = 1 + max(self.n_pieces - 1, *self.added.values(), self.eos_id)
 
     def encode(self, text: str) -> list[int]:
         return self.pieces.encode(text)
 
     def decode(self, ids: list[int]) -> str:
         """Ids -> clean text: special tokens dropped, no space at either end."""
-        words = [i for i in ids if i < self.vocab_size and not self.pieces.is_control(i)]
+        words = [i for i in ids if i < self.n_pieces and not self.pieces.is_control(i)]
         return self.pieces.decode(words).strip()
+
+    def special_id(self, piece: str) -> int:
+        """The id of a special token by its name; a tokenizer without it is an error."""
+        known = self.added.get(piece, self.pieces.piece_to_id(piece))
+        if known == self.pieces.unk_id():
+            raise ValueError(
+                f"this tokenizer has no {piece} token; choose a template that it was made for"
+            )
+        return known
+
+
+def read_json(path: Path) -> dict:
+    """What a JSON file holds; nothing if there is no such file."""
+    return json.loads(path.read_text()) if path.is_file() else {}

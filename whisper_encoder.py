@@ -9,14 +9,19 @@ A clip enters alone or in any batch with the same result: tests/test_whisper_enc
 
 import json
 import math
+import pickle
+import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 SAMPLE_RATE = 16_000  # samples a second
 N_FFT = 400  # samples, 25 ms: one Fourier transform
@@ -169,6 +174,7 @@ class WhisperEncoder(nn.Module):
         self.embed_positions = nn.Embedding(config.max_source_positions, Da)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.layer_norm = nn.LayerNorm(Da)
+        self.recompute = False  # keep a layer's input only, and run it again in the backward pass
 
     def forward(self, mel: Tensor, lengths: Tensor | None = None) -> Tensor:
         """mel (B, M, 2S); lengths (B,) states of each clip, None if all fill S -> (B, S, Da)
@@ -195,36 +201,122 @@ class WhisperEncoder(nn.Module):
         x = F.gelu(self.conv2(x)).transpose(1, 2)  # (B, S, Da)
         x = x + self.embed_positions.weight[:S]
         for layer in self.layers:
-            x = layer(x, can_attend)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, can_attend, use_reentrant=False)
+            else:
+                x = layer(x, can_attend)
         return self.layer_norm(x)
 
     @classmethod
-    def from_pretrained(cls, folder, dtype: torch.dtype = torch.float32) -> "WhisperEncoder":
-        """Read a Hugging Face Whisper folder: config.json and model.safetensors.
+    def from_pretrained(
+        cls, path, dtype: torch.dtype = torch.float32, device="cpu"
+    ) -> "WhisperEncoder":
+        """Read a Hugging Face Whisper folder, or OpenAI's own file (whisper's tiny.pt and so on).
 
         Every tensor of the encoder must be there with its shape; the decoder is left out by name.
         """
-        folder = Path(folder)
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} has no {name}; a Whisper folder must have it")
+        path = Path(path)
+        if path.suffix == ".pt":
+            config, stored = read_openai(path)
+        elif (path / "config.json").is_file():
+            config = WhisperConfig.from_json(path / "config.json")
+            stored = chain.from_iterable(map(stored_tensors, weight_files(path)))
+        else:
+            raise FileNotFoundError(
+                f"{path} is no Whisper: it is neither a folder with config.json nor a .pt file"
+            )
         with torch.device("meta"):
-            encoder = cls(WhisperConfig.from_json(folder / "config.json"))
+            encoder = cls(config)
         weights = {}
-        for name, tensor in load_file(folder / "model.safetensors").items():
+        for name, tensor in stored:
             name = name.removeprefix("model.")  # ...ForConditionalGeneration adds it
             if not name.startswith(("decoder.", "proj_out.")):
-                weights[name.removeprefix("encoder.")] = tensor.to(dtype)
-        must_match(encoder.state_dict(), weights, folder)
+                weights[name.removeprefix("encoder.")] = tensor.to(device, dtype)
+        must_match(encoder.state_dict(), weights, path)
         encoder.load_state_dict(weights, assign=True)
         return encoder
 
 
-def must_match(wanted: dict[str, Tensor], found: dict[str, Tensor], where):
-    """Refuse, with lists, weights that do not have exactly the wanted names and shapes.
+OPENAI_NAMES = (  # parts of OpenAI's names and what they are called here
+    ("blocks.", "layers."),
+    ("attn.query.", "self_attn.q_proj."),
+    ("attn.key.", "self_attn.k_proj."),
+    ("attn.value.", "self_attn.v_proj."),
+    ("attn.out.", "self_attn.out_proj."),
+    ("attn_ln.", "self_attn_layer_norm."),
+    ("mlp.0.", "fc1."),
+    ("mlp.2.", "fc2."),
+    ("mlp_ln.", "final_layer_norm."),
+    ("ln_post.", "layer_norm."),
+    ("positional_embedding", "embed_positions.weight"),
+)
 
-    llama.py has the same function: either file can be read, or taken away, without the other.
-    """
+
+def read_openai(file: Path) -> tuple[WhisperConfig, Iterator[tuple[str, Tensor]]]:
+    """Configuration and (name, tensor) pairs of one of OpenAI's files, named as here."""
+    stored = dict(stored_tensors(file))
+    if stored.keys() != {"dims", "model_state_dict"}:
+        raise ValueError(f"{file} is none of OpenAI's Whisper files: it holds {sorted(stored)[:5]}")
+    dims = stored["dims"]
+    config = WhisperConfig(
+        num_mel_bins=dims["n_mels"],
+        d_model=dims["n_audio_state"],
+        encoder_layers=dims["n_audio_layer"],
+        encoder_attention_heads=dims["n_audio_head"],
+        encoder_ffn_dim=4 * dims["n_audio_state"],
+        max_source_positions=dims["n_audio_ctx"],
+    )
+
+    def renamed(name: str) -> str:
+        for theirs, ours in OPENAI_NAMES:
+            name = name.replace(theirs, ours)
+        return name
+
+    return config, ((renamed(name), tensor) for name, tensor in stored["model_state_dict"].items())
+
+
+# ------------------------------------------------------------------------------------ weight files
+
+# llama.py holds the same three functions: either file can be read, or taken away,
+# without the other.
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with the weights of a Hugging Face folder, safetensors before pickles."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            absent = [shard for shard in shards if not (folder / Path(shard).name).is_file()]
+            if absent:
+                raise FileNotFoundError(f"{folder} lacks {absent}, which {index.name} names")
+            return [folder / Path(shard).name for shard in shards]
+    raise FileNotFoundError(
+        f"{folder} has no weights: looked for model.safetensors, pytorch_model.bin and their "
+        f"model.safetensors.index.json, pytorch_model.bin.index.json"
+    )
+
+
+def stored_tensors(file: Path):
+    """Every (name, tensor) of a weight file, read when asked for; code in the file is never run."""
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as stored:
+                for name in stored.keys():  # noqa: SIM118, it is no dict
+                    yield name, stored.get_tensor(name)
+        else:
+            mapped = zipfile.is_zipfile(file)  # files from before torch 1.6 are not
+            yield from torch.load(file, "cpu", weights_only=True, mmap=mapped).items()
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{file} cannot be read (fetch it again if cut short): {error}") from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{file} holds more than weights, and is not opened: {error}") from error
+
+
+def must_match(wanted: dict[str, Tensor], found: dict[str, Tensor], where):
+    """Refuse, with lists, weights that do not have exactly the wanted names and shapes."""
     common = sorted(wanted.keys() & found.keys())
     wrong = {
         "missing": sorted(wanted.keys() - found.keys()),

@@ -15,7 +15,6 @@ from make_golden import GOLDEN, LLAMAS, SMALL
 from toys import LLAMA, llama_folder, made_up
 
 TOY = LlamaConfig(**{name: (LLAMA | SMALL)[name] for name in LlamaConfig.__dataclass_fields__})
-NAMES = list(Llama(TOY).state_dict())
 
 
 def assert_close(ours, theirs, atol):
@@ -204,8 +203,14 @@ def test_a_feature_that_is_not_built_is_refused_by_name(tmp_path, change, messag
 
 @pytest.mark.parametrize(
     "name",
-    "hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size rms_norm_eps "
-    "max_position_embeddings".split(),
+    (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "vocab_size",
+        "rms_norm_eps",
+    ),
 )
 def test_a_missing_size_is_named(tmp_path, name):
     folder = llama_folder(tmp_path / "llama", **SMALL)
@@ -225,13 +230,6 @@ def test_what_early_configs_leave_out_has_the_value_they_mean(tmp_path):
 
 # ------------------------------------------------------------------------------------------ loading
 
-FAULTS = {
-    "missing": lambda weights, name: weights.pop(name),
-    "extra": lambda weights, name: weights.update({name + "_extra": torch.ones(3)}),
-    "wrong shape": lambda weights, name: weights.update({name: weights[name][:-1].clone()}),
-    "renamed": lambda weights, name: weights.update({name + "_new": weights.pop(name)}),
-}
-
 
 def with_weights(folder, change, new):
     """A copy of `folder` at `new` with changed weights."""
@@ -240,21 +238,6 @@ def with_weights(folder, change, new):
     change(weights)
     save_file(weights, new / "model.safetensors")
     return new
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("name", NAMES)
-def test_a_faulty_tensor_is_refused_by_name(folder, tmp_path, fault, name):
-    broken = with_weights(folder, lambda w: FAULTS[fault](w, name), tmp_path / "llama")
-    with pytest.raises(ValueError) as error:
-        Llama.from_pretrained(broken)
-    expected = {
-        "missing": [f"1 missing: {name}"],
-        "extra": [f"1 unexpected: {name}_extra"],
-        "wrong shape": [f"1 of another shape: {name} ("],
-        "renamed": [f"1 missing: {name}", f"1 unexpected: {name}_new"],
-    }
-    assert all(words in str(error.value) for words in expected[fault])
 
 
 def test_every_tensor_of_the_folder_lands(folder, llama):
@@ -283,14 +266,6 @@ def test_a_tied_model_without_embeddings_is_refused_by_name(tmp_path):
     broken = with_weights(folder, lambda w: w.pop(name), tmp_path / "broken")
     with pytest.raises(ValueError, match=name):
         Llama.from_pretrained(broken)
-
-
-@pytest.mark.parametrize("name", ("config.json", "model.safetensors"))
-def test_a_folder_without_a_file_is_refused_by_name(tmp_path, name):
-    folder = llama_folder(tmp_path / "llama", **SMALL)
-    (folder / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"has no {name}; a Llama folder must have it"):
-        Llama.from_pretrained(folder)
 
 
 def test_half_precision_is_kept_from_the_file_to_the_logits(folder):
@@ -332,7 +307,7 @@ def test_a_special_token_in_the_text_is_text(tokenizer, text):
 
 def test_decoding_drops_special_ids_and_ids_beyond_the_vocabulary(tokenizer):
     ids = tokenizer.encode("merci bien")
-    beyond = tokenizer.vocab_size
+    beyond = tokenizer.n_pieces
     framed = [tokenizer.bos_id, *ids, tokenizer.eos_id, beyond, beyond + 700]
     assert tokenizer.decode(framed) == "merci bien"
     assert tokenizer.decode([]) == ""

@@ -22,7 +22,6 @@ from whisper_encoder import (
 )
 
 M = WHISPER["num_mel_bins"]
-NAMES = list(WhisperEncoder(WhisperConfig(**WHISPER)).state_dict())
 
 
 def assert_close(ours, theirs, atol):
@@ -181,32 +180,6 @@ def test_lengths_that_fill_the_batch_are_the_same_as_none(encoder):
 
 # ------------------------------------------------------------------------------------------ loading
 
-FAULTS = {
-    "missing": lambda weights, name: weights.pop(name),
-    "extra": lambda weights, name: weights.update({name + "_extra": torch.ones(3)}),
-    "wrong shape": lambda weights, name: weights.update({name: weights[name][:-1].clone()}),
-    "renamed": lambda weights, name: weights.update({name + "_new": weights.pop(name)}),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("name", NAMES)
-def test_a_faulty_tensor_is_refused_by_name(folder, tmp_path, fault, name):
-    weights = load_file(folder / "model.safetensors")
-    FAULTS[fault](weights, f"model.encoder.{name}")
-    save_file(weights, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-
-    with pytest.raises(ValueError) as error:
-        WhisperEncoder.from_pretrained(tmp_path)
-    expected = {
-        "missing": [f"1 missing: {name}"],
-        "extra": [f"1 unexpected: {name}_extra"],
-        "wrong shape": [f"1 of another shape: {name} ("],
-        "renamed": [f"1 missing: {name}", f"1 unexpected: {name}_new"],
-    }
-    assert all(words in str(error.value) for words in expected[fault])
-
 
 def test_every_tensor_of_the_folder_lands_and_the_decoder_is_left_out(folder):
     found = load_file(folder / "model.safetensors")
@@ -222,14 +195,6 @@ def test_a_folder_without_the_prefix_loads_too(folder, tmp_path):
     (tmp_path / "w").rename(tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     WhisperEncoder.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("name", ("config.json", "model.safetensors"))
-def test_a_folder_without_a_file_is_refused_by_name(tmp_path, name):
-    folder = whisper_folder(tmp_path / "whisper", **SHORT)
-    (folder / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"has no {name}; a Whisper folder must have it"):
-        WhisperEncoder.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(

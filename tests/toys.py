@@ -21,7 +21,7 @@ WHISPER = dict(
 LLAMA = dict(
     hidden_size=36, intermediate_size=52, num_hidden_layers=2, num_attention_heads=6,
     num_key_value_heads=3, head_dim=6, vocab_size=1300, rms_norm_eps=1e-5, rope_theta=10000.0,
-    tie_word_embeddings=False, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2,
+    tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 
 
