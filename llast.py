@@ -11,24 +11,27 @@ Sizes, everywhere: B batch, N samples (16 kHz), M mel bins, S audio positions af
 heads, Hk key/value heads, Dh head width, V vocabulary, R LoRA rank, W beam width.
 """
 
+import argparse
 import hashlib
 import json
 import os
+import shutil
+import sys
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from data import AUDIO_ID, IGNORE, Batch
-from llama import Llama, Tokenizer, must_match
-from lora import add_lora
-from whisper_encoder import WhisperEncoder, clip_to_mel, n_states
+from data import AUDIO_ID, IGNORE, TEMPLATES, Batch, end_id, parse_directions
+from llama import Llama, Tokenizer, must_match, stored_tensors, weight_files
+from lora import add_lora, lora_layers, merge_lora, read_peft, save_peft
+from whisper_encoder import WINDOWS, WhisperEncoder, clip_to_mel, n_states
 
 # Every linear layer of both bases except the LLM's head, as the original's
 # find_all_linear_names has it.
@@ -53,7 +56,7 @@ def pick_device() -> tuple[torch.device, torch.dtype, str]:
 class LLaSTConfig:
     """What a LLaST is made of. Everything that training and use must agree on is here."""
 
-    encoder: str  # folder of a Whisper checkpoint
+    encoder: str  # a Whisper checkpoint: a folder, or one of OpenAI's files
     llm: str  # folder of a Llama checkpoint
     template: str  # key of data.TEMPLATES
     window: str  # "30s" or "clip": what the encoder is given, see whisper_encoder.clip_to_mel
@@ -82,18 +85,16 @@ class Projector(nn.Module):
 class LLaST(nn.Module):
     """Two frozen bases, a LoRA in each, and the projector between them."""
 
-    def __init__(self, config: LLaSTConfig, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        config: LLaSTConfig,
+        speech_encoder: WhisperEncoder,
+        llm: Llama,
+        tokenizer: Tokenizer | None,
+    ):
         super().__init__()
-        self.config = config
-        self.speech_encoder = WhisperEncoder.from_pretrained(config.encoder, dtype)
-        self.llm = Llama.from_pretrained(config.llm, dtype)
-        self.tokenizer = Tokenizer(config.llm)
-        V = self.llm.config.vocab_size
-        if self.tokenizer.vocab_size > V:
-            raise ValueError(
-                f"{config.llm}: tokenizer.model has {self.tokenizer.vocab_size} pieces, "
-                f"config.json has room for {V}; they belong to different models"
-            )
+        self.config, self.tokenizer = config, tokenizer
+        self.speech_encoder, self.llm = speech_encoder, llm
         self.speech_encoder.requires_grad_(False)
         self.llm.requires_grad_(False)
         for base, targets, rank, alpha in (
@@ -103,7 +104,23 @@ class LLaST(nn.Module):
             if rank:
                 add_lora(base, targets, rank, alpha, config.dropout)
         Da, D = self.speech_encoder.config.d_model, self.llm.config.hidden_size
-        self.projector = Projector(Da, D)
+        self.projector = Projector(Da, D).to(llm.lm_head.weight.device)
+
+    @classmethod
+    def fresh(cls, config: LLaSTConfig, dtype: torch.dtype = torch.float32, device="cpu"):
+        """Both bases as they were published, with a LoRA that changes nothing and a new projector.
+
+        Each tensor goes to its device as it is read, so that no second copy of a base is held.
+        """
+        encoder = WhisperEncoder.from_pretrained(config.encoder, dtype, device)
+        llm, tokenizer = Llama.from_pretrained(config.llm, dtype, device), Tokenizer(config.llm)
+        if tokenizer.vocab_size > llm.config.vocab_size:
+            raise ValueError(
+                f"{config.llm}: the tokenizer has {tokenizer.vocab_size} tokens, the weights have "
+                f"room for {llm.config.vocab_size}; they belong to different models"
+            )
+        end_id(config.template, tokenizer)  # a template that the tokenizer cannot write is refused
+        return cls(config, encoder, llm, tokenizer)
 
     @property
     def device(self) -> torch.device:
@@ -146,7 +163,7 @@ class LLaST(nn.Module):
         x = pad_sequence(rows, batch_first=True)  # (B, P, D)
         labels = pad_sequence(labels, batch_first=True, padding_value=IGNORE)  # (B, P)
 
-        hidden, _ = self.llm.hidden(x)  # (B, P, D)
+        hidden = self.llm.hidden(x)[0]  # (B, P, D)
         following = labels[:, 1:]  # position p predicts the token at p + 1
         is_asked = following != IGNORE
         logits = self.llm.logits(hidden[:, :-1][is_asked])  # the whole vocabulary only where asked
@@ -155,6 +172,13 @@ class LLaST(nn.Module):
     def trained(self) -> dict[str, Tensor]:
         """The tensors that training changes: both LoRAs and the projector."""
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+    def fill_trained(self, tensors: dict[str, Tensor], where):
+        """Take over trained tensors, exactly those that this model trains."""
+        trained = self.trained()
+        must_match(trained, tensors, where)
+        for name, tensor in trained.items():
+            tensor.copy_(tensors[name])
 
     def save_pretrained(self, folder):
         """Write what was trained (llast.safetensors) and on what (llast.json).
@@ -191,26 +215,19 @@ class LLaST(nn.Module):
         config = replace(config, **moved)
         for name, wanted in fingerprints.items():
             base = Path(getattr(config, name))
-            if not base.is_dir():
+            if not base.exists():
                 raise FileNotFoundError(
                     f"{folder} was trained on the {name} in {base}, which is not there; "
-                    f"say where it is now with --{name} FOLDER"
+                    f"say where it is now with --{name} PATH"
                 )
             if fingerprint(base.resolve()) != wanted:
                 raise ValueError(
                     f"{folder} was trained on another {name} than the one in {base}: "
                     f"fingerprint {wanted[:12]}, found {fingerprint(base.resolve())[:12]}"
                 )
-        model = cls(config, dtype)
-        try:
-            weights = load_file(folder / "llast.safetensors")
-        except SafetensorError as error:
-            raise ValueError(f"{folder}/llast.safetensors is damaged: {error}") from error
-        trained = model.trained()
-        must_match(trained, weights, folder)
-        for name, tensor in trained.items():
-            tensor.copy_(weights[name])
-        return model.to(device).eval()
+        model = cls.fresh(config, dtype, device)
+        model.fill_trained(dict(stored_tensors(folder / "llast.safetensors")), folder)
+        return model.eval()
 
 
 def read_about(folder: Path) -> tuple[LLaSTConfig, dict[str, str]]:
@@ -230,12 +247,156 @@ def read_about(folder: Path) -> tuple[LLaSTConfig, dict[str, str]]:
 
 @lru_cache
 def fingerprint(base: Path) -> str:
-    """SHA-256 of what a base folder computes with: configuration, weights, tokenizer."""
+    """SHA-256 of what a base computes with: configuration, weights, tokenizer."""
+    about = "config.json", "params.json", "tokenizer.model", "added_tokens.json"
+    if base.is_file():
+        files = [base]
+    else:
+        weights = list(base.glob("consolidated.*.pth")) or weight_files(base)
+        files = weights + [base / name for name in about if (base / name).is_file()]
     digest = hashlib.sha256()
-    for file in sorted(base.iterdir()):
-        if file.name in ("config.json", "tokenizer.model") or file.suffix == ".safetensors":
-            digest.update(file.name.encode())
-            with open(file, "rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
+    for file in sorted(files):
+        digest.update(file.name.encode())
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------- to and from elsewhere
+
+LORAS = {  # folder of a LoRA: its module here, and that module's place in the base
+    "encoder-lora": ("speech_encoder", "encoder."),
+    "llm-lora": ("llm", ""),
+}
+
+
+def export(model: LLaST, out: Path):
+    """Write what others can load: both LoRAs for peft, the projector, and merged bases.
+
+    out/whisper and out/llama are Hugging Face folders; out/encoder-lora belongs on transformers'
+    WhisperModel, out/llm-lora on its LlamaForCausalLM.
+    """
+    bases = {"whisper": Path(model.config.encoder), "llama": Path(model.config.llm)}
+    for base in bases.values():
+        if not (base / "config.json").is_file():
+            raise ValueError(
+                f"{base} is not in Hugging Face's layout; a merged copy cannot be, too"
+            )
+    out.mkdir(parents=True)
+    for name, (module, place) in LORAS.items():
+        if lora_layers(model.get_submodule(module)):
+            save_peft(model.get_submodule(module), out / name, place)
+    save_file(model.projector.state_dict(), out / "projector.safetensors")
+    merge_lora(model)
+    merged = {
+        place + name: tensor
+        for module, place in LORAS.values()
+        for name, tensor in merged_weights(model.get_submodule(module)).items()
+    }
+    for name, base in bases.items():
+        (out / name).mkdir()
+        for file in base.iterdir():
+            if file.suffix in (".json", ".model", ".txt") and ".index." not in file.name:
+                shutil.copy(file, out / name)
+        tensors = {}
+        for key, tensor in chain.from_iterable(map(stored_tensors, weight_files(base))):
+            new = merged.get(key, merged.get(key.removeprefix("model."), tensor))
+            tensors[key] = new.to(tensor.dtype).contiguous()
+        save_file(tensors, out / name / "model.safetensors", {"format": "pt"})
+
+
+def merged_weights(base: nn.Module) -> dict[str, Tensor]:
+    """The weights of a base whose LoRA is merged, without the LoRA's own."""
+    return {k: v for k, v in base.state_dict().items() if not k.endswith(("lora_A", "lora_B"))}
+
+
+def read_exported(folder: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """From a folder as `export` writes it: the trained tensors, and alpha of each LoRA."""
+    tensors = {f"projector.{k}": v for k, v in load_file(folder / "projector.safetensors").items()}
+    alphas = {}
+    for name, (module, place) in LORAS.items():
+        if (folder / name).is_dir():
+            alphas[module], lora = read_peft(folder / name, place)
+            tensors |= {f"{module}.{key}": tensor for key, tensor in lora.items()}
+    return tensors, alphas
+
+
+def read_original(path: Path) -> dict[str, Tensor]:
+    """The trained tensors of a checkpoint of the original (a file, or DeepSpeed's folder).
+
+    LoRA on Whisper's decoder is left out by name: it has never been part of the computation.
+    """
+    if path.is_dir():
+        path = path / "mp_rank_00_model_states.pt"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there; name a checkpoint, or a folder from export")
+    stored = dict(stored_tensors(path))
+    stored = stored.get("module") or stored.get("state_dict") or stored
+    tensors = {}
+    for name, tensor in stored.items():
+        if not name.startswith("speech_encoder.base_model.model.decoder."):
+            name = name.replace("speech_encoder.base_model.model.encoder.", "speech_encoder.", 1)
+            name = name.replace("llm.base_model.model.", "llm.", 1)
+            tensors[name.replace(".default.weight", "")] = tensor
+    return tensors
+
+
+def import_trained(args: argparse.Namespace) -> LLaST:
+    """A LLaST from what was trained elsewhere, every tensor of it in its place."""
+    if (args.source / "projector.safetensors").is_file():
+        tensors, alphas = read_exported(args.source)
+    else:
+        tensors, alphas = read_original(args.source), {}
+    shape = {}
+    for name, (module, _) in LORAS.items():
+        part = name.removesuffix("-lora")
+        As = [v for k, v in tensors.items() if k.startswith(module) and k.endswith("lora_A")]
+        rank = shape[f"{part}_rank"] = len(As[0]) if As else 0
+        # The original's files do not hold alpha; in its configurations it is half of the rank.
+        shape[f"{part}_alpha"] = alphas.get(module, rank / 2)
+    directions = tuple("-".join(pair) for pair in parse_directions(args.lang))
+    bases = str(args.encoder), str(args.llm)
+    config = LLaSTConfig(
+        *bases, args.template, args.window, dropout=0.0, directions=directions, **shape
+    )
+    model = LLaST.fresh(config)
+    model.fill_trained(tensors, args.source)
+    return model
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Take a trained LLaST to other programs, or back.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    out = verbs.add_parser("export", help="merged Hugging Face folders, and adapters for peft")
+    out.add_argument("model", type=Path, help="folder that train.py wrote")
+    back = verbs.add_parser("import", help="the original's checkpoints, or a folder from export")
+    back.add_argument("source", type=Path, help="checkpoint of the original, or exported folder")
+    back.add_argument("--encoder", type=Path, required=True, help="the Whisper it was trained on")
+    back.add_argument("--llm", type=Path, required=True, help="the Llama it was trained on")
+    back.add_argument("--template", choices=TEMPLATES, default="llama2", help="its prompt")
+    back.add_argument("--window", choices=WINDOWS, default="30s", help="what its encoder was given")
+    back.add_argument("--lang", default="paper", help="what it can translate, as fr or fr,en-de")
+    for verb in (out, back):
+        verb.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+    return parser
+
+
+def main() -> int:
+    args = build_parser().parse_args()
+    try:
+        if args.out.exists():
+            raise ValueError(f"{args.out} is there already; name another folder with --out")
+        if args.verb == "export":
+            export(LLaST.from_pretrained(args.model), args.out)
+        else:
+            import_trained(args).save_pretrained(args.out)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"llast.py: {error}", file=sys.stderr)
+        return 2
+    print(f"written to {args.out}: {', '.join(sorted(p.name for p in args.out.iterdir()))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
