@@ -3,22 +3,35 @@
     corpus folder -> rows -> examples (translate / transcribe) -> batches of waveforms and token ids
 
 Audio of any rate and channel count becomes 16 kHz mono. A corpus has the layout of Common Voice 4
-with CoVoST-2 (2007.10310) beside it. `prompt_for` is the only place where a prompt is made, for
-training and for use alike. To see rows and labels drawn: tests/test_data.py.
+with CoVoST-2 (2007.10310) beside it; `python data.py prepare -h` brings others into it.
+`prompt_for` is the only place where a prompt is made, for training and for use alike. To see rows
+and labels drawn: tests/test_data.py.
 """
 
+import argparse
 import csv
 import difflib
+import hashlib
+import io
+import json
 import math
+import os
 import random
+import re
+import signal
+import sys
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import soundfile
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 SAMPLE_RATE = 16_000  # samples a second
 MAX_SECONDS = 30  # Whisper's window; a longer clip has no place in it
@@ -46,6 +59,40 @@ def check_language(code: str) -> str:
     return code
 
 
+# CoVoST-2's directions: into English from all others, and from English into these.
+FROM_ENGLISH = "de tr fa sv-SE mn zh-CN cy ca sl et id ar ta lv ja".split()
+GROUPS = {
+    "all": [(code, "en") for code in LANGUAGES if code != "en"]
+    + [("en", code) for code in FROM_ENGLISH],
+    "paper": [(code, "en") for code in ("fr", "es", "de", "it", "zh-CN", "ja")]
+    + [("en", code) for code in ("ja", "de", "zh-CN")],
+}
+
+
+def parse_directions(text: str) -> list[tuple[str, str]]:
+    """Source and target of each item of "fr,en-de", once each; "all" and "paper" are GROUPS."""
+    directions = []
+    for item in map(str.strip, text.split(",")):
+        directions += GROUPS.get(item) or [parse_direction(item)]
+    return list(dict.fromkeys(directions))
+
+
+def parse_direction(text: str) -> tuple[str, str]:
+    """Source and target of "fr" (into English), "fr-en" or "en-zh-CN"; one side is English."""
+    if text == "en":
+        raise ValueError("--lang en lacks the language to translate into; name it, as in en-de")
+    if text in LANGUAGES or "-" not in text:
+        return check_language(text), "en"
+    # A code may hold a hyphen itself; where no cut fits, the error is about the likeliest.
+    cuts = [(text[:i], text[i + 1 :]) for i, c in enumerate(text) if c == "-"]
+    known = [pair for pair in cuts if set(pair) <= LANGUAGES.keys()]
+    near = [pair for pair in cuts if "en" in pair]
+    source, target = map(check_language, (known or near or cuts)[0])
+    if (source == "en") == (target == "en"):
+        raise ValueError(f"--lang {text}: one side has to be English, as in CoVoST-2")
+    return source, target
+
+
 # -------------------------------------------------------------------------------------------- audio
 
 
@@ -59,7 +106,7 @@ class AudioError(ValueError):
 
 def open_audio(path: Path) -> soundfile.SoundFile:
     """The file, opened, once it is known to be one that can be read."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, False for a name of any length
         raise AudioError(path, "no such file")
     if path.stat().st_size == 0:
         raise AudioError(path, "the file is empty")
@@ -67,6 +114,8 @@ def open_audio(path: Path) -> soundfile.SoundFile:
         file = soundfile.SoundFile(path)
     except soundfile.LibsndfileError as error:
         raise AudioError(path, f"not readable as audio ({error.error_string})") from error
+    except TypeError as error:  # soundfile asks for the rate of a file that ends in .raw
+        raise AudioError(path, "not readable as audio (it has no header)") from error
     if file.frames > 1 << 40:  # what a FLAC that was streamed says of itself
         raise AudioError(path, "its header does not say how long it is; convert it once more")
     return file
@@ -135,7 +184,29 @@ def resample(audio: Tensor, from_rate: int, to_rate: int) -> Tensor:
     return torch.cat(pieces)
 
 
+def split_at_quiet(audio: Tensor, most: int) -> list[tuple[int, int]]:
+    """Pieces of at most `most` samples, cut where a long clip is quietest. (N,) -> [(start, end)]
+
+    A cut is the middle of the quietest 0.2 s in the second half of what a piece may take.
+    """
+    width = min(SAMPLE_RATE // 5, most - most // 2)
+    pieces, start = [], 0
+    while len(audio) - start > most:
+        first = start + most // 2
+        energy = audio[first : start + most].double().square().cumsum(dim=0)
+        energy = torch.nn.functional.pad(energy, (1, 0))
+        loudness = energy[width:] - energy[:-width]  # of the window that starts at each sample
+        last_minimum = len(loudness) - 1 - int(loudness.flip(0).argmin())  # so few pieces
+        cut = first + last_minimum + (width + 1) // 2
+        pieces.append((start, cut))
+        start = cut
+    return [*pieces, (start, len(audio))]
+
+
 # ------------------------------------------------------------------------------------------ corpora
+
+SPLITS = ("train", "dev", "test")
+csv.field_size_limit(1 << 30)  # one cell may be longer than the 128 KiB that Python allows
 
 
 @dataclass(frozen=True)
@@ -150,14 +221,118 @@ class Row:
     seconds: float
 
 
-def read_tsv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    """Rows of a tab-separated table. A quote is an ordinary character; a backslash escapes."""
+@dataclass(frozen=True)
+class Entry:
+    """One row of a corpus as its tables have it."""
+
+    where: str  # table and line, for messages
+    path: str  # inside the folder of the clips
+    sentence: str
+    translation: str
+    split: str
+
+
+def read_cells(path: Path, escape: str | None):
+    """Line number and cells of each row of a tab-separated table; a quote is a character."""
     with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE, escapechar="\\")
-        missing = [name for name in columns if name not in (reader.fieldnames or [])]
-        if missing:
-            raise ValueError(f"{path}: no column {missing} in the header {reader.fieldnames}")
-        return list(reader)
+        rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE, escapechar=escape)
+        line = 1
+        try:
+            for cells in rows:
+                if cells:
+                    yield line, cells
+                line = rows.line_num + 1
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}:{first_line_not_utf8(path)}: expected UTF-8, found other bytes "
+                f"({error.reason}); save the table as UTF-8"
+            ) from error
+        except csv.Error as error:
+            raise ValueError(f"{path}:{line}: {error}") from error
+
+
+def first_line_not_utf8(path: Path) -> int:
+    with open(path, "rb") as file:
+        for line, text in enumerate(file, start=1):
+            try:
+                text.decode()
+            except UnicodeDecodeError:
+                return line
+
+
+def read_tsv(
+    path: Path,
+    columns: tuple[str, ...],
+    optional: tuple[str, ...] = (),
+    header: list[str] | None = None,
+    escape: str | None = "\\",
+) -> dict[int, dict[str, str]]:
+    """The columns of a tab-separated table by line. A backslash escapes; a quote does nothing.
+
+    A table without a line of names has them in `header`.
+    """
+    rows, table = read_cells(path, escape), {}
+    line, header = (1, header) if header else next(rows, (1, None))
+    if header is None:
+        raise ValueError(f"{path}:1: expected a header with {list(columns)}, found an empty file")
+    missing = [name for name in columns if name not in header]
+    if missing:
+        raise ValueError(f"{path}:{line}: no column {missing} in the header {header}")
+    wanted = [(name, header.index(name)) for name in (*columns, *optional) if name in header]
+    for line, cells in rows:
+        if len(cells) != len(header):
+            raise ValueError(
+                f"{path}:{line}: expected {len(header)} cells ({', '.join(header)}), found "
+                f"{len(cells)}; is there a bare tab, or a backslash before one?"
+            )
+        table[line] = {name: cells[i] for name, i in wanted}
+    return table
+
+
+def clip_path(clips: Path, name: str, where: str) -> Path:
+    """The file that a table names. A name that leads out of the folder of clips is refused."""
+    path, parts = clips / name, Path(name).parts
+    odd = not parts or ".." in parts or "\0" in name or Path(name).is_absolute()
+    # Following links is slow, and a plain name of a plain file cannot lead anywhere. A folder of
+    # clips that is itself a link is fine: what counts is whether a file stays in it.
+    plain = len(parts) == 1 and not path.is_symlink()
+    if odd or not (plain or path.resolve().is_relative_to(clips.resolve())):
+        raise ValueError(f"{where}: the path {name!r} is not inside the audio folder {clips}")
+    return path
+
+
+def text_problem(translation: str) -> str:
+    """Why a row cannot be used whatever its audio is; "" if it can."""
+    if not translation.strip():
+        return "empty text"
+    return "REMOVE" if re.search(r"\bREMOVE\b", translation) else ""  # CoVoST-2's own mark
+
+
+def join_covost(spoken: Path, translated: Path) -> tuple[list[Entry], dict[str, list[str]]]:
+    """Sentences and translations joined on path as get_covost_splits.py does, and what is left.
+
+    Only train has an extended split; a path that comes again counts once, as it came first.
+    """
+    said = read_tsv(spoken, ("path", "sentence")).values()
+    sentences = {row["path"]: row["sentence"] for row in said}
+    entries, left_out = {}, {"other split": [], f"not in {spoken.name}": [], "path twice": []}
+    for line, row in read_tsv(translated, ("path", "translation", "split")).items():
+        path, where = row["path"], f"{translated}:{line}"
+        split = "train" if row["split"] == "train_covost" else row["split"]
+        if split not in SPLITS:
+            left_out["other split"].append(f"{where}: {path}: {split}")
+        elif path not in sentences:
+            left_out[f"not in {spoken.name}"].append(f"{where}: {path}")
+        else:
+            entry = Entry(where, path, sentences[path], row["translation"], split)
+            add_once(entry, entries, left_out)
+    return list(entries.values()), left_out
+
+
+def add_once(entry: Entry, entries: dict[str, Entry], left_out: dict[str, list[str]]):
+    first = entries.setdefault(entry.path, entry)
+    if first is not entry:
+        left_out["path twice"].append(f"{entry.where}: {entry.path}: first in {first.where}")
 
 
 def corpus_languages(root) -> list[str]:
@@ -169,36 +344,49 @@ def read_corpus(root, source: str, target: str) -> tuple[dict[str, list[Row]], l
     """All rows of one direction by split ("train", "dev", "test"), and which clips are unusable.
 
     root/SOURCE holds clips/, validated.tsv (path, sentence) and covost_v2.SOURCE_TARGET.tsv (path,
-    translation, split), joined on path as CoVoST's get_covost_splits.py does.
+    translation, split).
     """
     folder = Path(root) / check_language(source)
+    clips = folder / "clips"
     spoken, translated = folder / "validated.tsv", folder / f"covost_v2.{source}_{target}.tsv"
-    for need in (spoken, translated, folder / "clips"):
+    for need in (spoken, translated, clips):
         if not need.exists():
             have = ", ".join(corpus_languages(root)) or "none"
             raise FileNotFoundError(
                 f"no {source}-{target} corpus in {root}: looked for {need}. "
                 f"Languages with data there: {have}"
             )
-    sentences = {row["path"]: row["sentence"] for row in read_tsv(spoken, ("path", "sentence"))}
-    splits, unusable = {"train": [], "dev": [], "test": []}, []
-    for row in read_tsv(translated, ("path", "translation", "split")):
-        split = "train" if row["split"] == "train_covost" else row["split"]
-        if row["path"] not in sentences or split not in splits:
-            continue  # the official script joins the same way
-        path = folder / "clips" / row["path"]
+    entries, left_out = join_covost(spoken, translated)
+    splits, unusable = {split: [] for split in SPLITS}, left_out["path twice"]
+    for entry in entries:
+        path = clip_path(clips, entry.path, entry.where)
+        if problem := text_problem(entry.translation):  # nothing to learn, nothing to score against
+            unusable.append(f"{path}: {problem} ({entry.where})")
+            continue
         try:
             seconds = audio_seconds(path)
             if not 0 < seconds <= MAX_SECONDS:
                 raise AudioError(path, f"{seconds:.1f} s long, not within 0 to {MAX_SECONDS}")
         except AudioError as error:
             unusable.append(str(error))
-            if split == "train":
+            if entry.split == "train":
                 continue
             seconds = 0.0  # a test clip stays: leaving it out would make the score another one
-        texts = sentences[row["path"]], row["translation"]
-        splits[split].append(Row(path, *texts, source, target, seconds))
+        texts = entry.sentence, entry.translation
+        splits[entry.split].append(Row(path, *texts, source, target, seconds))
     return splits, unusable
+
+
+def every_nth(rows: list[Row], n: int) -> list[Row]:
+    """Sub-sampling of English: every n-th row of each direction from it, all rows of the others."""
+    if n < 1:
+        raise ValueError(f"--en-step is {n}; 1 keeps every row, 2 every second, and so on")
+    seen, kept = Counter(), []
+    for row in rows:
+        if row.source != "en" or seen[row.target] % n == 0:
+            kept.append(row)
+        seen[row.target] += row.source == "en"
+    return kept
 
 
 # ------------------------------------------------------------------------------------------ prompts
@@ -206,13 +394,26 @@ def read_corpus(root, source: str, target: str) -> tuple[dict[str, list[Row]], l
 # Pieces of a prompt that are not text. They become ids by name, so a text that looks like one of
 # them can never pass for it.
 BOS, EOS, AUDIO = "<s>", "</s>", "<audio>"
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"  # a turn of ChatML
 AUDIO_ID = -300  # stands where the speech goes; no real token has it
 IGNORE = -100  # F.cross_entropy skips targets with this value; no real token has it
 
-TEMPLATES = {  # the original's chat templates, LLaST's `{input}` being audio and instruction
-    "llama2": (BOS, "[INST] ", AUDIO, "\n{instruction} [/INST]"),
-    "tinyllama": (BOS, "<|user|>\n", AUDIO, "\n{instruction}", EOS, "\n<|assistant|>", EOS, "\n"),
-}
+# The pieces of a prompt, and last the one that closes the answer.
+TEMPLATES = {
+    "llama2": (BOS, "[INST] ", AUDIO, "\n{instruction} [/INST]", EOS),
+    # The original's string for TinyLlama, which has one </s> more than the model's own, below it.
+    "tinyllama": (
+        BOS, "<|user|>\n", AUDIO, "\n{instruction}", EOS, "\n<|assistant|>", EOS, "\n", EOS,
+    ),
+    "tinyllama-chat": (
+        BOS, "<|user|>\n", AUDIO, "\n{instruction}", EOS, "\n<|assistant|>\n", EOS,
+    ),
+    "chatml": (
+        BOS, IM_START, "user\n", AUDIO, "\n{instruction}", IM_END,
+        "\n", IM_START, "assistant\n", IM_END,
+    ),
+    "plain": (BOS, AUDIO, "\n{instruction}\n", EOS),  # for models that have learnt no chat
+}  # fmt: skip
 INSTRUCTIONS = {
     "st": "Please translate the {source} sentence into {target}.",
     "asr": "Please transcribe the {source} sentence into {source}.",
@@ -220,7 +421,7 @@ INSTRUCTIONS = {
 
 
 def prompt_for(task: str, source: str, target: str, template: str = "llama2") -> list[str]:
-    """The pieces of a prompt, in order: text, and BOS, EOS and AUDIO where those stand.
+    """The pieces of a prompt, in order: text, and special pieces where those stand.
 
     task is "st" (translate) or "asr" (transcribe); source and target are language codes.
     """
@@ -234,17 +435,26 @@ def prompt_for(task: str, source: str, target: str, template: str = "llama2") ->
         "target": LANGUAGES[check_language(target)],
     }
     instruction = INSTRUCTIONS[task].format(**names)
-    return [piece.format(instruction=instruction) for piece in TEMPLATES[template]]
+    return [piece.format(instruction=instruction) for piece in TEMPLATES[template][:-1]]
 
 
-def prompt_ids(prompt: list[str], tokenizer) -> list[int]:
+def prompt_ids(pieces: list[str], tokenizer) -> list[int]:
     """Token ids of a prompt, each piece of text on its own, AUDIO_ID once for all of the speech."""
-    special = {BOS: [tokenizer.bos_id], EOS: [tokenizer.eos_id], AUDIO: [AUDIO_ID]}
-    return [
-        i
-        for piece in prompt
-        for i in (special[piece] if piece in special else tokenizer.encode(piece))
-    ]
+    special = {BOS: tokenizer.bos_id, EOS: tokenizer.eos_id, AUDIO: AUDIO_ID}
+    ids = []
+    for piece in pieces:
+        if piece in special:
+            ids.append(special[piece])
+        elif piece in (IM_START, IM_END):
+            ids.append(tokenizer.special_id(piece))
+        else:
+            ids += tokenizer.encode(piece)
+    return ids
+
+
+def end_id(template: str, tokenizer) -> int:
+    """The token that closes an answer: learnt in training, and where a translation stops."""
+    return prompt_ids(TEMPLATES[template][-1:], tokenizer)[0]
 
 
 # -------------------------------------------------------------------------------- examples, batches
@@ -273,14 +483,19 @@ class Batch:
 
 
 def examples_for(rows: list[Row], asr: float, seed: int, epoch: int) -> list[Example]:
-    """ASR-augmented sampling: every row to translate, and the share `asr` also to transcribe.
+    """ASR-augmented sampling: every row to translate, the share `asr` of clips also to transcribe.
 
-    1.0 is the original's mix, every clip once each. Shuffled as a function of (seed, epoch) alone.
+    1.0 is the original's mix. A clip of several directions is transcribed once, one without a
+    sentence never. Shuffled as a function of (seed, epoch) alone.
     """
     if not 0 <= asr <= 1:
         raise ValueError(f"--asr is {asr}; it is a share, from 0 (none) to 1 (every clip)")
     rng = random.Random(f"examples {seed} {epoch}")
-    heard = rng.sample(rows, round(asr * len(rows)))
+    spoken = {}
+    for row in rows:
+        if row.sentence.strip():
+            spoken.setdefault(row.path, row)
+    heard = rng.sample(list(spoken.values()), round(asr * len(spoken)))
     examples = [Example(row, "st") for row in rows] + [Example(row, "asr") for row in heard]
     rng.shuffle(examples)
     return examples
@@ -311,7 +526,7 @@ def answer_row(example: Example, tokenizer, template: str) -> tuple[list[int], l
     """Ids of prompt, answer and end, and the labels: the answer and the end that closes it."""
     row = example.row
     prompt = prompt_ids(prompt_for(example.task, row.source, row.target, template), tokenizer)
-    answer = tokenizer.encode(example.answer) + [tokenizer.eos_id]
+    answer = tokenizer.encode(example.answer) + [end_id(template, tokenizer)]
     return prompt + answer, [IGNORE] * len(prompt) + answer
 
 
@@ -374,3 +589,406 @@ class Batches:
                 self.skipped[error.path] = error.reason
                 examples = [e for e in examples if e.row.path != error.path]
         return None
+
+
+# ------------------------------------------------------------------------------- preparing corpora
+# Nothing below is needed to understand LLaST: it brings Common Voice with CoVoST-2, FLEURS or a
+# table of one's own into the layout that read_corpus reads, once, before training.
+
+FLEURS = dict(zip(LANGUAGES, (
+    "en_us fr_fr es_419 cmn_hans_cn de_de ja_jp ca_es it_it ru_ru pt_br fa_ir et_ee mn_mn nl_nl "
+    "tr_tr ar_eg sv_se lv_lv sl_si ta_in id_id cy_gb"
+).split()))  # fmt: skip
+FLEURS_HEADER = "id file_name raw_transcription transcription characters num_samples gender".split()
+REASONS = {  # AudioError's reason -> that of the report; all others are "undecodable"
+    "no such file": "missing", "the file is empty": "zero bytes",
+    "the clip has no samples": "too short",
+}  # fmt: skip
+PART = ".part"  # ends the name of a file that is not whole yet
+
+
+# Each corpus has a function that finds the folder of its clips and its tables, quickly, and one
+# that reads the tables: its rows, by reason the rows that are in no split, a note for the report.
+
+
+def existing(path: Path, what: str) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"no {what}: looked for {path}")
+    return path
+
+
+def find_covost2(args: argparse.Namespace, source: str, target: str) -> tuple[Path, list[Path]]:
+    """Common Voice's folder of the language, and CoVoST-2's table in the folder or one below."""
+    root, name = args.common_voice, f"covost_v2.{source}_{target}.tsv"
+    folders = [path for path in (root / source, root) if (path / "validated.tsv").is_file()]
+    if not folders:
+        raise FileNotFoundError(
+            f"no Common Voice in {root}: looked for {source}/validated.tsv and validated.tsv"
+        )
+    tables = [
+        path for path in (args.covost / name, *args.covost.glob(f"*/{name}")) if path.is_file()
+    ]
+    if not tables:
+        raise FileNotFoundError(
+            f"no translations: looked for {name} in {args.covost} and in the folders there. "
+            f"CoVoST-2 has all languages into en, and en into {', '.join(FROM_ENGLISH)}"
+        )
+    clips = existing(folders[0] / "clips", "clips")
+    return clips, [folders[0] / "validated.tsv", tables[0]]
+
+
+def read_covost2(args: argparse.Namespace, source: str, tables: list[Path]):
+    entries, left_out = join_covost(*tables)
+    if not entries:
+        raise ValueError(
+            f"{tables[1]} and {tables[0]} have no clip of {', '.join(SPLITS)} in common"
+        )
+    return entries, left_out, ""
+
+
+def find_fleurs(args: argparse.Namespace, source: str, target: str) -> tuple[Path, list[Path]]:
+    here, there = args.fleurs / FLEURS[source], args.fleurs / FLEURS[target]
+    tables = [folder / f"{split}.tsv" for split in SPLITS for folder in (here, there)]
+    return existing(here / "audio", "audio"), [existing(path, "table") for path in tables]
+
+
+def read_fleurs(args: argparse.Namespace, source: str, tables: list[Path]):
+    """FLEURS has each sentence in every language: a translation is the target's row with its id."""
+    entries, left_out = {}, {"no translation": [], "path twice": []}
+    for split, spoken, translated in zip(SPLITS, tables[::2], tables[1::2]):
+        columns = ("id", "file_name", "raw_transcription")
+        here, there = (
+            read_tsv(table, columns, header=FLEURS_HEADER, escape=None)
+            for table in (spoken, translated)
+        )
+        texts = {row["id"]: row["raw_transcription"] for row in there.values()}
+        for line, row in here.items():
+            where, path = f"{spoken}:{line}", f"{split}/{row['file_name']}"
+            if row["id"] in texts:
+                text = texts[row["id"]]
+                entry = Entry(where, path, row["raw_transcription"], text, split)
+                add_once(entry, entries, left_out)
+            else:
+                left_out["no translation"].append(f"{where}: {path}: id {row['id']}")
+    return list(entries.values()), left_out, ""
+
+
+def find_table(args: argparse.Namespace, source: str, target: str) -> tuple[Path, list[Path]]:
+    return existing(args.audio, "audio"), [existing(args.table, "table")]
+
+
+def read_table(args: argparse.Namespace, source: str, tables: list[Path]):
+    """A table of one's own: path and translation, and as one likes sentence, lang and split."""
+    optional = ("sentence", "lang", "split")
+    entries, left_out = {}, {"other language": [], "path twice": []}
+    rows = read_tsv(args.table, ("path", "translation"), optional)
+    drawn = not any("split" in row for row in rows.values())
+    for line, row in rows.items():
+        where, path = f"{args.table}:{line}", row["path"]
+        split = drawn_split(path) if drawn else row["split"] or "train"
+        if split not in SPLITS:
+            raise ValueError(f"{where}: the split is {split!r}; expected {', '.join(SPLITS)}")
+        if row.get("lang", source) != source:
+            left_out["other language"].append(f"{where}: {path}: {row['lang']}")
+        else:
+            entry = Entry(where, path, row.get("sentence", ""), row["translation"], split)
+            add_once(entry, entries, left_out)
+    used = {entry.split for entry in entries.values()}
+    if not used or drawn and len(used) < len(SPLITS):
+        raise ValueError(
+            f"{args.table} has {len(entries)} rows of {source}, which is too few to draw dev and "
+            f"test from; the column split can say {', '.join(SPLITS)}"
+        )
+    note = "the table has no column split: 1 clip of 20 was drawn for dev, 1 for test"
+    return list(entries.values()), left_out, note if drawn else ""
+
+
+def drawn_split(path: str) -> str:
+    """One clip of twenty for dev, one for test: by its name, so that it stays where it is."""
+    place = int(hashlib.sha256(path.encode()).hexdigest(), 16) % 20
+    return {0: "dev", 1: "test"}.get(place, "train")
+
+
+CORPORA = {
+    "covost2": (find_covost2, read_covost2),
+    "fleurs": (find_fleurs, read_fleurs),
+    "table": (find_table, read_table),
+}
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What became of one clip."""
+
+    seconds: float = 0.0
+    problem: str = ""  # a word for the report; "" if there is none
+    detail: str = ""
+    was_there: bool = False
+
+
+def convert(job: tuple[Path, Path, bool]) -> Converted:
+    """Decode a clip once to FLAC, 16 kHz, mono, 16 bits. A long one is converted only if asked."""
+    audio, flac, keep_long = job
+    seconds = seconds_before(audio, flac)
+    was_there = seconds > 0
+    try:
+        if not was_there:
+            seconds = audio_seconds(audio)
+            if seconds <= MAX_SECONDS or keep_long:
+                seconds = write_flac(load_audio(audio), flac)
+    except AudioError as error:
+        return Converted(0.0, REASONS.get(error.reason, "undecodable"), error.reason)
+    if seconds > MAX_SECONDS:
+        return Converted(seconds, "too long", f"{seconds:.1f} s", was_there)
+    return Converted(seconds, was_there=was_there)
+
+
+def seconds_before(audio: Path, flac: Path) -> float:
+    """How long the FLAC of an earlier run is; 0 if there is none or the clip is newer."""
+    try:
+        newer = audio.exists() and audio.stat().st_mtime > flac.stat().st_mtime
+        return 0.0 if newer else audio_seconds(flac)
+    except (AudioError, OSError):
+        return 0.0
+
+
+def write_flac(audio: Tensor, flac: Path) -> float:
+    """Write (N,) samples whole or not at all; beyond -1..1 they clip. -> seconds"""
+    samples = (audio * 32768).round().clamp(-32768, 32767).to(torch.int16)
+    file = io.BytesIO()
+    soundfile.write(file, samples.numpy(), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    flac.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(flac, file.getvalue())
+    return len(samples) / SAMPLE_RATE
+
+
+def write_whole(path: Path, content: bytes):
+    """Under another name first, so that a file with this one is always complete."""
+    part = path.with_name(path.name + PART)
+    part.write_bytes(content)
+    part.replace(path)
+
+
+def as_worker():
+    """One thread, as there is a process for each core; Ctrl-C is for the first process to hear."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def convert_all(jobs: list[tuple[Path, Path, bool]], label: str) -> list[Converted]:
+    """On all cores. Stopped, it lets the clips in work finish and leaves out the others."""
+    with ProcessPoolExecutor(os.cpu_count(), initializer=as_worker) as pool:
+        try:
+            results = pool.map(convert, jobs, chunksize=8)
+            return list(tqdm(results, label, len(jobs), unit="clip", dynamic_ncols=True))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def refuse_another_corpus(folder: Path, about: dict):
+    """Directions of one corpus may share a folder; clips of two corpora could share names."""
+    if (folder / "clips").resolve() == Path(about["audio"]).resolve():
+        raise ValueError(f"{folder} is the corpus itself; name another folder with --out")
+    reports = sorted(folder.glob("prepared.*.json"))
+    if (folder / "validated.tsv").exists() and not reports:
+        raise ValueError(f"{folder} has a corpus that was not prepared here; name another --out")
+    for file in reports:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        other = [k for k in ("corpus", "audio") if before[k] != about[k]]
+        if other:
+            differs = "; ".join(f"{k}: {before[k]} there, {about[k]} now" for k in other)
+            raise ValueError(f"{file} is of another corpus ({differs}); name another --out")
+
+
+def jobs_for(entries: list[Entry], audio: Path, clips: Path) -> list[tuple[Path, Path, bool]]:
+    """Where each clip is, where its FLAC goes, and whether it stays even if it is too long."""
+    jobs, taken = [], {}
+    for entry in entries:
+        heard = clip_path(audio, entry.path, entry.where)
+        name = prepared_name(entry)
+        if name in taken:
+            raise ValueError(f"{entry.where}: {entry.path} and {taken[name]} would both be {name}")
+        taken[name] = entry.path
+        jobs.append((heard, clips / name, entry.split == "test"))
+    return jobs
+
+
+def prepared_name(entry: Entry) -> str:
+    return str(PurePosixPath(entry.path).with_suffix(".flac"))
+
+
+def prepare(args: argparse.Namespace, source: str, target: str):
+    """Convert the clips of a direction, write its tables, and report.
+
+    A clip without usable audio leaves train and dev; in test it stays, or the score would be that
+    of another test set. A row without a translation leaves all three.
+    """
+    find, read = CORPORA[args.corpus]
+    audio, tables = find(args, source, target)
+    folder = args.out / source
+    about = {"direction": f"{source}-{target}", "corpus": args.corpus, "version": args.version}
+    about |= {"audio": str(audio.resolve())}
+    refuse_another_corpus(folder, about)
+    entries, left_out, about["note"] = read(args, source, tables)
+    report = new_report(about, tables, left_out)
+    worded = []
+    for entry in entries:
+        if problem := text_problem(entry.translation):
+            count(report, entry, "left out", problem)
+        else:
+            worded.append(entry)
+    jobs = jobs_for(worded, audio, folder / "clips")
+    for part in folder.rglob(f"*{PART}"):
+        part.unlink()  # left by a run that was stopped
+    results = convert_all(jobs, about["direction"])
+    kept = []
+    for entry, result in zip(worded, results):
+        if result.problem:
+            what = "kept in spite of" if entry.split == "test" else "left out"
+            count(report, entry, what, result.problem, f": {result.detail}")
+        if not result.problem or entry.split == "test":
+            kept.append((entry, result))
+    sum_up(report, kept)
+    (folder / "clips").mkdir(parents=True, exist_ok=True)
+    write_corpus(folder, target, [entry for entry, _ in kept], report)
+    print_report(report, sum(result.was_there for result in results), folder)
+
+
+def new_report(about: dict, tables: list[Path], left_out: dict[str, list[str]]) -> dict:
+    numbers = {"kept": 0, "hours": 0.0, "without a transcript": 0}
+    return about | {
+        "tables": {str(t): hashlib.sha256(t.read_bytes()).hexdigest() for t in tables},
+        "splits": {s: numbers | {"left out": {}, "kept in spite of": {}} for s in SPLITS},
+        "in no split": {reason: len(rows) for reason, rows in left_out.items()},
+        "examples": {reason: rows[:5] for reason, rows in left_out.items() if rows},
+    }
+
+
+def count(report: dict, entry: Entry, what: str, problem: str, detail: str = ""):
+    numbers = report["splits"][entry.split][what]
+    numbers[problem] = numbers.get(problem, 0) + 1
+    examples = report["examples"].setdefault(problem, [])
+    if len(examples) < 5:
+        examples.append(f"{entry.where}: {entry.path}{detail}")
+
+
+def sum_up(report: dict, kept: list[tuple[Entry, Converted]]):
+    for split, numbers in report["splits"].items():
+        here = [(entry, result) for entry, result in kept if entry.split == split]
+        seconds = sum(result.seconds for _, result in here if not result.problem)
+        numbers["kept"], numbers["hours"] = len(here), round(seconds / 3600, 4)
+        numbers["without a transcript"] = sum(not entry.sentence.strip() for entry, _ in here)
+
+
+def write_corpus(folder: Path, target: str, kept: list[Entry], report: dict):
+    """The layout of read_corpus. The sentences of the source's other directions are kept."""
+    spoken, direction = folder / "validated.tsv", f"{folder.name}_{target}"
+    before = read_tsv(spoken, ("path", "sentence")).values() if spoken.exists() else []
+    sentences = {row["path"]: row["sentence"] for row in before}
+    sentences |= {prepared_name(entry): entry.sentence for entry in kept}
+    rows = [(prepared_name(entry), entry.translation, entry.split) for entry in kept]
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    # First the report: from then on the folder is known to be ours.
+    write_whole(folder / f"prepared.{direction}.json", text.encode())
+    write_tsv(spoken, ("path", "sentence"), sentences.items())
+    write_tsv(folder / f"covost_v2.{direction}.tsv", ("path", "translation", "split"), rows)
+
+
+def write_tsv(path: Path, columns: tuple[str, ...], rows):
+    """A table from which read_tsv reads the same cells again."""
+    lines = ["\t".join(re.sub(r"[\\\t\r\n]", r"\\\g<0>", cell) for cell in row) for row in rows]
+    write_whole(path, "\n".join(["\t".join(columns), *lines, ""]).encode())
+
+
+def print_report(report: dict, were_there: int, folder: Path):
+    """Every number of the report, by split, and examples of what is not as it should be."""
+    print(f"\n{report['direction']}, {report['corpus']}, version {report['version']}")
+    print(f"{'':34}" + "".join(f"{split:>10}" for split in SPLITS))
+    splits = report["splits"].values()
+    for name in ("kept", "hours", "without a transcript"):
+        print(f"{name:34}" + "".join(f"{numbers[name]:10,}" for numbers in splits))
+    for what in ("left out", "kept in spite of"):
+        for problem in dict.fromkeys(p for numbers in splits for p in numbers[what]):
+            label = f"{what}: {problem}"
+            print(f"{label:34}" + "".join(f"{n[what].get(problem, 0):10,}" for n in splits))
+    for reason, n in report["in no split"].items():
+        if n:
+            print(f"{n:,} rows in no split: {reason}")
+    for reason, rows in report["examples"].items():
+        for row in rows:
+            print(f"    {reason}: {row}")
+    if report["note"]:
+        print(report["note"])
+    print(f"{were_there:,} clips were converted before. The corpus and this report: {folder}")
+
+
+EXAMPLES = """
+examples:
+  python data.py prepare covost2 --common-voice cv-corpus-4 --covost covost --lang fr,de --out C
+  python data.py prepare fleurs --fleurs fleurs --lang fr --out F
+  python data.py prepare table --table mine.tsv --audio recordings --lang cy --out M
+
+Each can be stopped with Ctrl-C and goes on when it is started again. Then train with
+  python train.py --data C --lang fr,de
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    raw = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": EXAMPLES}
+    parser = argparse.ArgumentParser(description="Corpora for train.py.", **raw)
+    command = parser.add_subparsers(dest="command", required=True).add_parser(
+        "prepare",
+        help="bring a corpus into the layout that train.py reads",
+        description="Join a corpus's tables, convert its clips once to 16 kHz FLAC, and report.",
+        **raw,
+    )
+    corpora = command.add_subparsers(dest="corpus", required=True, metavar="CORPUS")
+    needed = {"type": Path, "required": True, "metavar": "PATH"}
+    covost2 = corpora.add_parser("covost2", help="CoVoST-2 and Common Voice 4")
+    add = covost2.add_argument
+    add("--common-voice", help="folder with validated.tsv and clips, or one per language", **needed)
+    add("--covost", help="folder with the unpacked covost_v2.fr_en.tsv and so on", **needed)
+    fleurs = corpora.add_parser("fleurs", help="FLEURS, joined by the ids of its sentences")
+    fleurs.add_argument("--fleurs", help="folder with fr_fr/train.tsv, fr_fr/audio/train", **needed)
+    table = corpora.add_parser("table", help="a table and recordings of your own")
+    columns = "tab-separated: path, translation; optional sentence, lang, split (without it, "
+    columns += "1 clip of 20 is drawn for dev and 1 for test)"
+    table.add_argument("--table", help=columns, **needed)
+    table.add_argument("--audio", help="folder of its clips", **needed)
+    for corpus in (covost2, fleurs, table):
+        add = corpus.add_argument
+        add("--lang", required=True, help="directions: fr (into English), fr,de, en-de, all, paper")
+        add("--out", help="folder to write", **needed)
+        add("--version", default="not stated", help="the corpus's version, for the report")
+    return parser
+
+
+def run_prepare(args: argparse.Namespace):
+    directions = parse_directions(args.lang)
+    if args.corpus == "table" and len(directions) > 1:
+        raise ValueError(f"--lang {args.lang}: a table is prepared one direction at a time")
+    find, _ = CORPORA[args.corpus]
+    for direction in directions:  # what is missing shows before hours of work
+        find(args, *direction)
+    for direction in directions:
+        prepare(args, *direction)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        run_prepare(args)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, BrokenProcessPool) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
+    sys.exit(main())

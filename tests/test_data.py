@@ -1,7 +1,10 @@
 """data.py: resampling, reading audio and corpora, the rows that are learnt, and batches."""
 
+import json
 import math
 import random
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,19 @@ import torch
 
 import data
 import toys
-from data import AUDIO, AUDIO_ID, BOS, EOS, IGNORE, AudioError, Batches, Example, Row
+from data import (
+    AUDIO,
+    AUDIO_ID,
+    BOS,
+    EOS,
+    IGNORE,
+    IM_END,
+    IM_START,
+    AudioError,
+    Batches,
+    Example,
+    Row,
+)
 from llama import Tokenizer
 
 RATES = (8000, 22050, 44099, 44100, 48000)
@@ -19,7 +34,9 @@ RATES = (8000, 22050, 44099, 44100, 48000)
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return Tokenizer(toys.llama_folder(tmp_path_factory.mktemp("bases") / "llama"))
+    folder = toys.llama_folder(tmp_path_factory.mktemp("bases") / "llama")
+    (folder / "added_tokens.json").write_text(json.dumps({IM_START: 1298, IM_END: 1299}))
+    return Tokenizer(folder)
 
 
 def tone(hertz: float, rate: int, seconds: float = 0.2) -> np.ndarray:
@@ -72,6 +89,34 @@ def test_long_clips_are_resampled_in_pieces_that_join_without_a_seam():
     np.testing.assert_allclose(heard, middle(torch.tensor(tone(440, 16000, 2.5))), atol=1e-3)
 
 
+# ----------------------------------------------------------------------------------- split_at_quiet
+
+
+def test_a_long_clip_is_cut_in_the_middle_of_its_pauses():
+    audio = torch.tensor(tone(440, 16000, 10.0)).float()
+    for pause in (3.3, 6.5, 8.9):  # seconds
+        audio[round(pause * 16000) :][:3200] = 0  # 0.2 s, the window
+    pieces = data.split_at_quiet(audio, 4 * 16000)
+    expected = [(0, 54400), (54400, 105600), (105600, 160000)]
+    np.testing.assert_allclose(pieces, expected, atol=2)  # a tone may be at zero beside a pause
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 999, 1000, 1001, 1002, 2500])
+@pytest.mark.parametrize("most", [1, 2, 3, 1000])
+@pytest.mark.parametrize("kind", ["silence", "constant", "noise"])
+def test_pieces_cover_a_clip_without_gap_and_none_is_too_long(n, most, kind):
+    noise = torch.randn(n, generator=torch.Generator().manual_seed(n))
+    audio = {"silence": torch.zeros(n), "constant": torch.ones(n), "noise": noise}[kind]
+    pieces = data.split_at_quiet(audio, most)
+    assert pieces == data.split_at_quiet(audio.clone(), most)
+    assert pieces[0][0] == 0 and pieces[-1][1] == n
+    assert all(a[1] == b[0] for a, b in zip(pieces, pieces[1:]))
+    assert all(end - start <= most for start, end in pieces)
+    assert all(end - start >= most // 2 for start, end in pieces[:-1])
+    if n <= most:
+        assert len(pieces) == 1
+
+
 # --------------------------------------------------------------------------------------- load_audio
 
 
@@ -106,6 +151,7 @@ def test_a_clip_that_cannot_be_used_is_named_with_the_reason(tmp_path):
     whole = write(tmp_path / "whole.mp3", noise).read_bytes()
     (tmp_path / "half.mp3").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "empty.wav").touch()
+    (tmp_path / "bare.raw").write_bytes(bytes(999))
     (tmp_path / "random.wav").write_bytes(np.random.default_rng(0).bytes(999))
     write(tmp_path / "silent.wav", [])
     write(tmp_path / "nan.wav", [0.1, np.nan, 0.1], subtype="FLOAT")
@@ -114,6 +160,8 @@ def test_a_clip_that_cannot_be_used_is_named_with_the_reason(tmp_path):
         "missing.wav": "no such file",
         "empty.wav": "the file is empty",
         "random.wav": "not readable as audio",
+        "bare.raw": "it has no header",
+        "x" * 300 + ".wav": "no such file",
         "half.flac": "not readable as audio|cut short",
         "half.mp3": "not readable as audio|cut short",
         "silent.wav": "no samples",
@@ -143,21 +191,90 @@ def test_an_unknown_language_is_answered_with_the_nearest(typed, meant):
         data.check_language(typed)
 
 
+@pytest.mark.parametrize(
+    ("typed", "directions"),
+    [
+        ("fr", [("fr", "en")]),
+        ("fr,de", [("fr", "en"), ("de", "en")]),
+        ("fr-en, en-de", [("fr", "en"), ("en", "de")]),
+        ("zh-CN,zh-CN-en,en-zh-CN", [("zh-CN", "en"), ("en", "zh-CN")]),
+        ("sv-SE", [("sv-SE", "en")]),
+    ],
+)
+def test_directions_are_read_as_users_write_them_each_once(typed, directions):
+    assert data.parse_directions(typed) == directions
+
+
+def test_all_is_covost_and_paper_is_what_the_paper_trains_on():
+    into = "fr de es ca it ru zh-CN pt fa et mn nl tr ar sv-SE lv sl ta ja id cy".split()
+    from_english = "de tr fa sv-SE mn zh-CN cy ca sl et id ar ta lv ja".split()
+    everything = {(code, "en") for code in into} | {("en", code) for code in from_english}
+    assert set(data.parse_directions("all")) == everything
+    assert len(data.parse_directions("all")) == len(data.parse_directions("all,fr")) == 36
+    paper = data.parse_directions("paper")
+    assert [s for s, t in paper if t == "en"] == ["fr", "es", "de", "it", "zh-CN", "ja"]
+    assert [t for s, t in paper if s == "en"] == ["ja", "de", "zh-CN"] and len(paper) == 9
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("en", "name it, as in en-de"),
+        ("fr-de", "--lang fr-de: one side has to be English"),
+        ("zh-CN-de", "one side has to be English"),
+        ("en-en", "one side has to be English"),
+        ("zh", "did you mean 'zh-CN'"),
+        ("zh-TW", "unknown language 'zh'; did you mean 'zh-CN'"),
+        ("en-zh", "unknown language 'zh'; did you mean 'zh-CN'"),
+        ("sv-en", "unknown language 'sv'; did you mean 'sv-SE'"),
+        ("german-en", "did you mean 'de'"),
+        ("fr,", "unknown language ''"),
+    ],
+)
+def test_directions_that_make_no_sense_are_refused(typed, message):
+    with pytest.raises(ValueError, match=message):
+        data.parse_directions(typed)
+
+
 # ------------------------------------------------------------------------------------------ corpora
 
 
 def test_quotes_are_text_a_backslash_escapes_and_windows_files_are_read(tmp_path):
     table = 'path\tsentence\r\na.mp3\t"Oui", dit-il\r\nb.mp3\tune \\\t tabulation et "l\'été\r\n'
     (tmp_path / "t.tsv").write_bytes(b"\xef\xbb\xbf" + table.encode())
-    assert data.read_tsv(tmp_path / "t.tsv", ("path", "sentence")) == [
-        {"path": "a.mp3", "sentence": '"Oui", dit-il'},
-        {"path": "b.mp3", "sentence": "une \t tabulation et \"l'été"},
+    assert data.read_tsv(tmp_path / "t.tsv", ("path", "sentence")) == {
+        2: {"path": "a.mp3", "sentence": '"Oui", dit-il'},
+        3: {"path": "b.mp3", "sentence": "une \t tabulation et \"l'été"},
+    }
+
+
+def test_a_very_long_cell_and_an_escaped_line_break_are_read(tmp_path):
+    text = f"path\tsentence\na\t{'x' * 200_000}\nb\tone \\\ntwo\nc\td\n"
+    (tmp_path / "t.tsv").write_text(text)
+    table = data.read_tsv(tmp_path / "t.tsv", ("path", "sentence"))
+    assert [(line, row["path"], row["sentence"][:9]) for line, row in table.items()] == [
+        (2, "a", "x" * 9),
+        (3, "b", "one \ntwo"),
+        (5, "c", "d"),  # counted as an editor counts
     ]
 
 
-def test_a_missing_column_is_named_with_its_file(tmp_path):
-    (tmp_path / "t.tsv").write_text("path\ttext\na\tb\n")
-    with pytest.raises(ValueError, match=r"t\.tsv: no column \['sentence'\]"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"t\.tsv:1: expected a header with .*'sentence'.*, found an empty file"),
+        (b"path\ttext\na\tb\n", r"t\.tsv:1: no column \['sentence'\] in .*'path', 'text'"),
+        (b"path,sentence\na,b\n", r"t\.tsv:1: no column \['path', 'sentence'\] in the header"),
+        (b"path\tsentence\na\tb\nc\n", r"t\.tsv:3: expected 2 cells .*, found 1"),
+        (b"path\tsentence\na\tb\tc\n", r"t\.tsv:2: expected 2 cells \(path, sentence\), found 3"),
+        (b"path\tsentence\na\tb\\\tc\nd\\\te\n", r"t\.tsv:3: .* backslash before one"),
+        (b"path\tsentence\na\tb\nc\t\xe9t\xe9\n", r"t\.tsv:3: expected UTF-8, found other"),
+        ("path\tsentence\n".encode("utf-16"), r"t\.tsv:1: expected UTF-8"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_named_with_line_and_reason(tmp_path, content, message):
+    (tmp_path / "t.tsv").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
         data.read_tsv(tmp_path / "t.tsv", ("path", "sentence"))
 
 
@@ -174,6 +291,9 @@ CORPUS = {  # clip: sentence, translation, split; None where a table has no line
     "broken.wav": ("dix", "ten", "train"),
     "long.wav": ("onze", "eleven", "test"),
     "empty.wav": ("douze", "twelve", "dev"),
+    "wordless.wav": ("treize", " ", "test"),
+    "remove.wav": ("quatorze", "REMOVE", "train"),
+    "removed.wav": ("quinze", "fifteen, REMOVED", "train"),  # another word
 }
 
 
@@ -204,7 +324,7 @@ def test_a_corpus_is_joined_and_split_as_covost_does(corpus):
 
     # A clip that cannot be used leaves the training part only: a score counts every clip.
     assert splits == {
-        "train": [row("train.wav"), row("more.wav")],
+        "train": [row("train.wav"), row("more.wav"), row("removed.wav")],
         "dev": [row("dev.wav"), row("empty.wav", 0.0)],
         "test": [row("test.wav"), row("long.wav", 0.0)],
     }
@@ -217,8 +337,59 @@ def test_clips_that_are_missing_broken_or_too_long_are_named(corpus):
         "broken.wav",
         "long.wav",
         "empty.wav",
+        "wordless.wav",
+        "remove.wav",
     ]
     assert "30.0 s long" in unusable[2] and "0.0 s long" in unusable[3]
+    assert re.search(r": empty text \(.*covost_v2\.fr_en\.tsv:13\)", unusable[4])
+    assert re.search(r": REMOVE \(.*covost_v2\.fr_en\.tsv:14\)", unusable[5])
+
+
+def test_a_clip_that_is_translated_twice_counts_once(corpus):
+    table = corpus / "fr" / "covost_v2.fr_en.tsv"
+    table.write_text(table.read_text() + "test.wav\tother\ttrain\tx\n")
+    splits, unusable = data.read_corpus(corpus, "fr", "en")
+    assert [row.path.name for row in splits["test"]] == ["test.wav", "long.wav"]
+    assert "test.wav" not in {row.path.name for row in splits["train"]}
+    assert any("fr_en.tsv:16: test.wav: first in" in line and ":5" in line for line in unusable)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret.wav",
+        "/etc/passwd",
+        "link.wav",
+        "sub/deep.wav",
+        ".",
+        "a/../train.wav",
+        "{clips}/a",
+    ],
+)
+def test_a_path_that_leaves_the_folder_of_clips_is_refused(corpus, name):
+    clips = corpus / "fr" / "clips"
+    name = name.format(clips=clips)  # an absolute path is refused even if it stays inside
+    write(corpus / "fr" / "secret.wav", tone(300, 16000))
+    (clips / "link.wav").symlink_to(corpus / "fr" / "secret.wav")
+    (clips / "sub").symlink_to(corpus / "fr")
+    for table, row in (
+        ("validated", f"x\t{name}\tun"),
+        ("covost_v2.fr_en", f"{name}\t1\ttrain\tx"),
+    ):
+        file = corpus / "fr" / f"{table}.tsv"
+        file.write_text(file.read_text() + row + "\n")
+    with pytest.raises(ValueError, match=r"covost_v2\.fr_en\.tsv:16: the path .* is not inside"):
+        data.read_corpus(corpus, "fr", "en")
+
+
+def test_links_that_stay_inside_and_a_linked_folder_of_clips_are_fine(corpus):
+    clips = corpus / "fr" / "clips"
+    (clips / "more.wav").unlink()
+    (clips / "more.wav").symlink_to("train.wav")
+    clips.rename(corpus / "elsewhere")
+    clips.symlink_to(corpus / "elsewhere")
+    splits, _ = data.read_corpus(corpus, "fr", "en")
+    assert [row.path.name for row in splits["train"]] == ["train.wav", "more.wav", "removed.wav"]
 
 
 def test_a_language_without_data_is_answered_with_what_there_is(corpus):
@@ -278,6 +449,42 @@ PICTURES = {
     ],
 }
 
+for task, instruction in {
+    "st": "Please translate the French sentence into English.",
+    "asr": "Please transcribe the French sentence into French.",
+}.items():
+    answer = {"st": "The cat sleeps.", "asr": "Le chat dort."}[task]
+    PICTURES["tinyllama-chat", task] = [
+        (BOS, False),
+        ("<|user|>\n", False),
+        (AUDIO, False),
+        (f"\n{instruction}", False),
+        (EOS, False),
+        ("\n<|assistant|>\n", False),
+        (answer, True),
+        (EOS, True),
+    ]
+    PICTURES["chatml", task] = [
+        (BOS, False),
+        (IM_START, False),
+        ("user\n", False),
+        (AUDIO, False),
+        (f"\n{instruction}", False),
+        (IM_END, False),
+        ("\n", False),
+        (IM_START, False),
+        ("assistant\n", False),
+        (answer, True),
+        (IM_END, True),
+    ]
+    PICTURES["plain", task] = [
+        (BOS, False),
+        (AUDIO, False),
+        (f"\n{instruction}\n", False),
+        (answer, True),
+        (EOS, True),
+    ]
+
 
 def test_every_template_and_task_has_its_picture():
     assert set(PICTURES) == {(t, task) for t in data.TEMPLATES for task in data.INSTRUCTIONS}
@@ -285,7 +492,7 @@ def test_every_template_and_task_has_its_picture():
 
 @pytest.mark.parametrize(("template", "task"), PICTURES)
 def test_the_answer_and_its_end_carry_loss_and_nothing_else(tokenizer, template, task):
-    special = {BOS: [1], EOS: [2], AUDIO: [AUDIO_ID]}
+    special = {BOS: [1], EOS: [2], AUDIO: [AUDIO_ID], IM_START: [1298], IM_END: [1299]}
     expected = [
         (i, i if is_answer else IGNORE)
         for piece, is_answer in PICTURES[template, task]
@@ -325,6 +532,7 @@ def test_an_unknown_task_template_or_language_has_no_prompt():
 
 # -------------------------------------------------------------------------------- examples, batches
 
+GOLDEN_MIX = [("1", "st"), ("2", "asr"), ("3", "st"), ("0", "st"), ("2", "st"), ("3", "asr")]
 ROWS = [Row(Path(f"{i}.wav"), f"dit {i}", f"said {i}", "fr", "en", 1.0) for i in range(20)]
 
 
@@ -336,6 +544,43 @@ def test_every_row_is_translated_and_a_share_is_also_transcribed(asr, n):
     assert sorted(translated, key=ROWS.index) == ROWS
     assert len(transcribed) == len(set(transcribed)) == n
     assert len(examples) == 20 + n
+
+
+def test_the_mix_of_one_direction_is_what_it_always_was():
+    """Written down with the first version of this function: old runs can be run again."""
+    mix = data.examples_for(ROWS[:4], 0.5, seed=1, epoch=2)
+    assert [(example.row.path.stem, example.task) for example in mix] == GOLDEN_MIX
+
+
+def test_a_clip_of_several_directions_is_transcribed_once():
+    german = [replace(row, source="en", target="de") for row in ROWS]
+    japanese = [replace(row, source="en", target="ja") for row in ROWS[5:]]
+    for share, n in ((1, 20), (0.5, 10)):
+        mix = data.examples_for(german + japanese, share, seed=1, epoch=0)
+        heard = [example.row.path for example in mix if example.task == "asr"]
+        assert len(heard) == len(set(heard)) == n
+        assert len(mix) == 35 + n
+
+
+def test_a_clip_without_a_sentence_is_only_translated():
+    rows = [replace(row, sentence=" " * (i % 2)) for i, row in enumerate(ROWS)]
+    rows[3] = ROWS[3]
+    mix = data.examples_for(rows, 1, seed=1, epoch=0)
+    assert [example.row for example in mix if example.task == "asr"] == [ROWS[3]]
+    assert len(mix) == 21
+
+
+def test_every_nth_row_from_english_is_kept_in_order_and_all_others():
+    german = [replace(row, source="en", target="de") for row in ROWS]
+    japanese = [replace(row, source="en", target="ja") for row in ROWS]
+    rows = [row for three in zip(german, ROWS, japanese) for row in three]
+    kept = data.every_nth(rows, 3)
+    assert [row for row in kept if row.source == "fr"] == ROWS
+    assert [row for row in kept if row.target == "de"] == german[::3]
+    assert [row for row in kept if row.target == "ja"] == japanese[::3]
+    assert kept == sorted(kept, key=rows.index) and data.every_nth(rows, 1) == rows
+    with pytest.raises(ValueError, match="--en-step is 0"):
+        data.every_nth(rows, 0)
 
 
 def test_translating_answers_with_the_translation_and_transcribing_with_the_sentence():
