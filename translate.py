@@ -1,16 +1,20 @@
 """Speech to text with a trained LLaST: beam search, scores, and the command line.
 
     python translate.py --model runs/fr clip.wav other.mp3
-    python translate.py --model runs/fr --test fr
+    python translate.py --model runs/fr --test fr,de
 
 Beam search follows transformers' rules, so that both give the same hypotheses. One beam is greedy
-search, and a beam as wide as all sentences is exhaustive search: tests/test_translate.py.
+search, and a beam as wide as all sentences is exhaustive search: tests/test_translate.py. Scores
+are sacreBLEU's, and word error rates counted here: tests/test_scores.py.
 """
 
 import argparse
 import json
 import sys
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import sacrebleu
@@ -21,14 +25,18 @@ from tqdm import tqdm
 
 from data import (
     MAX_SECONDS,
+    SAMPLE_RATE,
     AudioError,
+    Example,
     Row,
     audio_seconds,
-    check_language,
+    end_id,
     load_audio,
+    parse_directions,
     prompt_for,
     prompt_ids,
     read_corpus,
+    split_at_quiet,
 )
 from llama import Cache, Llama
 from llast import LLaST, pick_device
@@ -36,6 +44,7 @@ from lora import merge_lora
 
 HERE = Path(__file__).parent
 AUDIO_FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+UNSPACED = ("zh-CN", "ja")  # written without spaces between words
 
 
 # -------------------------------------------------------------------------------------- beam search
@@ -161,6 +170,49 @@ class Translation:
     score: float | None = None  # mean log-probability of a token
     n_best: list[dict] = field(default_factory=list)  # text and score of each answer, best first
     error: str | None = None
+    pieces: list[dict] = field(default_factory=list)  # of a long clip: start and end in s, text
+
+
+def waveforms(
+    paths: list, results: list[Translation], progress: bool
+) -> Iterator[tuple[int, int, int, Tensor]]:
+    """What the encoder hears, (clip, first sample, last + 1, waveform), shortest clip first.
+
+    A clip over 30 s comes in pieces, cut where it is quietest. A file is decoded when its turn
+    comes, so memory holds one batch and one file; why a file is no use goes into `results`.
+    """
+    seconds = {}
+    for i, path in enumerate(paths):
+        try:
+            seconds[i] = audio_seconds(path)
+        except AudioError as error:
+            results[i].error = str(error)
+    order = sorted(seconds, key=seconds.get)  # similar lengths waste little padding
+    for i in tqdm(order, "translating", unit="clip", disable=not progress):
+        try:
+            audio = load_audio(paths[i])
+        except AudioError as error:
+            results[i].error = str(error)
+            continue
+        for start, end in split_at_quiet(audio, MAX_SECONDS * SAMPLE_RATE):
+            yield i, start, end, audio[start:end]
+
+
+def fill(result: Translation, pieces: list[tuple[int, int, list[dict]]], n_best: int, space: str):
+    """Write what was found into the result of a clip. pieces: first sample, last + 1, answers
+
+    Of several pieces the best texts are joined, and the plain mean of their scores is the score.
+    """
+    best = [answers[0] for *_, answers in pieces]
+    result.text = space.join(answer["text"] for answer in best if answer["text"])
+    result.score = round(sum(answer["score"] for answer in best) / len(best), 4)
+    if len(pieces) == 1:
+        result.n_best = pieces[0][-1][:n_best]
+        return
+    result.n_best = [{"text": result.text, "score": result.score}]
+    for (start, end, _), answer in zip(pieces, best, strict=True):
+        times = {"start": start / SAMPLE_RATE, "end": end / SAMPLE_RATE}
+        result.pieces.append(times | {"text": answer["text"]})
 
 
 def translate(
@@ -176,86 +228,135 @@ def translate(
     batch_size: int = 16,
     progress: bool = False,
 ) -> list[Translation]:
-    """Translate (task "st") or transcribe ("asr") audio files, in the order given.
+    """Translate (task "st") or transcribe ("asr") audio files of any length, in the order given.
 
     A clip that cannot be used gets an `error` and an empty text; the others are not touched by it.
+    Of a clip over 30 s only the best answer is kept, joined from those of its pieces.
     """
     prompt = prompt_for(task, source, target, model.config.template)
     ids = torch.tensor(prompt_ids(prompt, model.tokenizer)).to(model.device)
+    ends = {*model.tokenizer.eos_ids, end_id(model.config.template, model.tokenizer)}
     results = [Translation(str(path)) for path in paths]
-    seconds = {}
-    for i, path in enumerate(paths):
-        try:
-            seconds[i] = audio_seconds(path)
-            if seconds[i] > MAX_SECONDS:
-                reason = (
-                    f"{seconds[i]:.1f} s long; the encoder hears {MAX_SECONDS} s: split the clip"
-                )
-                raise AudioError(path, reason)
-        except AudioError as error:
-            seconds.pop(i, None)
-            results[i].error = str(error)
-
+    pieces = defaultdict(list)  # of each clip, in order: first sample, last + 1, answers
     was_training = model.training
     model.eval()
-    order = sorted(seconds, key=seconds.get)  # similar lengths waste little padding
-    for start in tqdm(range(0, len(order), batch_size), "translating", disable=not progress):
-        clips = {}
-        for i in order[start : start + batch_size]:
-            try:
-                clips[i] = load_audio(paths[i])
-            except AudioError as error:
-                results[i].error = str(error)
-        if not clips:
-            continue
+    heard = waveforms(paths, results, progress)
+    while batch := list(islice(heard, batch_size)):
         with torch.inference_mode():
-            speech = model.encode_speech(list(clips.values()))
-            prompts = [model.splice(ids, heard) for heard in speech]
-        eos_ids = model.tokenizer.eos_ids
-        answers = beam_search(model.llm, prompts, eos_ids, beams, length_penalty, max_new_tokens)
-        for i, hypotheses in zip(clips, answers, strict=True):
+            speech = model.encode_speech([audio for *_, audio in batch])
+            prompts = [model.splice(ids, states) for states in speech]
+        found = beam_search(model.llm, prompts, sorted(ends), beams, length_penalty, max_new_tokens)
+        for (i, start, end, _), hypotheses in zip(batch, found, strict=True):
             texts = [(model.tokenizer.decode(h.ids), round(h.score, 4)) for h in hypotheses]
-            results[i].text, results[i].score = texts[0]
-            results[i].n_best = [{"text": t, "score": s} for t, s in texts[:n_best]]
+            pieces[i].append((start, end, [{"text": t, "score": s} for t, s in texts]))
     model.train(was_training)
+    written = source if task == "asr" else target
+    for i, parts in pieces.items():
+        fill(results[i], parts, n_best, space="" if written in UNSPACED else " ")
     return results
 
 
 # ------------------------------------------------------------------------------------------- scores
 
+# sacreBLEU's, chosen as the original does; with another one a score is another number.
+TOKENIZERS = {"zh-CN": "zh", "ja": "ja-mecab"}
+FIGURES = {"bleu": "BLEU", "bleu_lc": "lower-cased", "chrf": "chrF", "wer": "WER", "cer": "CER"}
 
-def score(hypotheses: list[str], references: list[str]) -> dict:
-    """Corpus BLEU cased and lower-cased and chrF by sacreBLEU, with the signature of the first."""
+
+def metrics(target: str) -> dict:
+    """sacreBLEU's metrics for text of one language, cased, lower-cased and by characters."""
+    tokenizer = TOKENIZERS.get(target, "13a")
+    try:
+        bleu, lower = (sacrebleu.BLEU(tokenize=tokenizer, lowercase=lc) for lc in (False, True))
+    except RuntimeError as error:  # another tokenizer would give numbers that compare with nothing
+        raise ValueError(
+            f"BLEU of {target} needs sacreBLEU's tokenizer {tokenizer}, which is not installed: "
+            'pip install "sacrebleu[ja]"'
+        ) from error
+    return {"bleu": bleu, "bleu_lc": lower, "chrf": sacrebleu.CHRF()}
+
+
+def score(hypotheses: list[str], references: list[str], target: str = "en") -> dict:
+    """Corpus BLEU cased and lower-cased and chrF by sacreBLEU, with their signatures."""
     if len(hypotheses) != len(references):
         raise ValueError(f"{len(hypotheses)} hypotheses for {len(references)} references")
-    bleu, lower = sacrebleu.BLEU(), sacrebleu.BLEU(lowercase=True)
-    return {
-        "bleu": round(bleu.corpus_score(hypotheses, [references]).score, 2),
-        "bleu_lc": round(lower.corpus_score(hypotheses, [references]).score, 2),
-        "chrf": round(sacrebleu.CHRF().corpus_score(hypotheses, [references]).score, 2),
-        "signature": str(bleu.get_signature()),
+    by = metrics(target)
+    found = {
+        name: round(metric.corpus_score(hypotheses, [references]).score, 2)
+        for name, metric in by.items()
+    }
+    return found | {
+        "signature": str(by["bleu"].get_signature()),  # the lower-cased differs in case:lc alone
+        "chrf_signature": str(by["chrf"].get_signature()),
         "n": len(references),
     }
 
 
-def score_rows(model: LLaST, rows: list[Row], tsv: Path | None = None, **how) -> dict:
-    """Translate rows of one direction and score them; `tsv` gets a line for every clip.
+def edit_distance(a: list | str, b: list | str) -> int:
+    """Fewest insertions, deletions and substitutions that make b of a."""
+    row = list(range(len(b) + 1))  # row[j]: from what was read of a to the first j of b
+    for i, x in enumerate(a, start=1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
 
-    Nothing is dropped: a clip that failed counts as an empty hypothesis and is named.
+
+def error_rates(hypotheses: list[str], references: list[str], language: str) -> dict:
+    """Word and character error rates of transcripts: edits per 100 of the references', all clips.
+
+    Case and punctuation count as they stand. Chinese and Japanese have no words that one could
+    split off, so there each character is one, and both rates are the same.
     """
-    direction = {"source": rows[0].source, "target": rows[0].target}
-    results = translate(model, [row.path for row in rows], **direction, **how)
+    unspaced = language in UNSPACED
+
+    def characters(text: str) -> str:
+        return ("" if unspaced else " ").join(text.split())
+
+    def rate(units) -> float:
+        pairs = [(units(h), units(r)) for h, r in zip(hypotheses, references, strict=True)]
+        edits = sum(edit_distance(h, r) for h, r in pairs)
+        return round(100 * edits / sum(len(r) for _, r in pairs), 2)
+
+    return {
+        "wer": rate(characters if unspaced else str.split),
+        "cer": rate(characters),
+        "signature": f"case:mixed|punct:kept|words:{'characters' if unspaced else 'spaces'}",
+        "n": len(references),
+    }
+
+
+def score_rows(
+    model: LLaST, rows: list[Row], tsv: Path | None = None, task: str = "st", **how
+) -> dict:
+    """Translate or transcribe rows of one direction and score them; `tsv` gets a line for each.
+
+    Nothing is dropped: a clip that failed counts as an empty hypothesis and is named. Only rows
+    without a transcript have no part in task "asr".
+    """
+    source, target = rows[0].source, rows[0].target
+    if task == "st":
+        metrics(target)  # should a package be missing, say so before the work
+    spoken = [row for row in rows if task == "st" or row.sentence.strip()]
+    if not spoken:
+        raise ValueError(f"none of the {len(rows)} {source} clips has a transcript to compare with")
+    if len(spoken) < len(rows):
+        missing = len(rows) - len(spoken)
+        print(f"{missing} {source} clips have no transcript: left out", file=sys.stderr)
+    rows = spoken
+    results = translate(model, [row.path for row in rows], task, source, target, **how)
+    references = [Example(row, task).answer for row in rows]
     failed = [result.error for result in results if result.error]
     for error in failed:
-        print(f"scored as an empty translation: {error}", file=sys.stderr)
+        print(f"scored as an empty text: {error}", file=sys.stderr)
     if tsv:
-        lines = ["clip\treference\thypothesis\tscore"]
-        for row, result in zip(rows, results, strict=True):
-            cells = row.path.name, row.translation, result.text, str(result.score)
+        lines = ["clip\treference\thypothesis\tscore\terror"]
+        for row, reference, result in zip(rows, references, results, strict=True):
+            cells = row.path.name, reference, result.text, str(result.score), result.error or ""
             lines.append("\t".join(map(one_line, cells)))
         tsv.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    scores = score([result.text for result in results], [row.translation for row in rows])
-    return scores | {"failed": len(failed)}
+    rate, language = (score, target) if task == "st" else (error_rates, source)
+    return rate([r.text for r in results], references, language) | {"failed": len(failed)}
 
 
 def one_line(text: str) -> str:
@@ -265,10 +366,58 @@ def one_line(text: str) -> str:
 
 def describe(direction: str, scores: dict) -> str:
     """Scores as one line for a reader, the signature with them."""
-    return (
-        f"{direction} on {scores['n']} clips: BLEU {scores['bleu']:.1f}, lower-cased "
-        f"{scores['bleu_lc']:.1f}, chrF {scores['chrf']:.1f}  ({scores['signature']})"
-    )
+    found = [f"{name} {scores[key]:.1f}" for key, name in FIGURES.items() if key in scores]
+    return f"{direction} on {scores['n']} clips: {', '.join(found)}  ({scores['signature']})"
+
+
+def table_line(name: str, cells: list) -> str:
+    """A line of a table: a name and columns of numbers."""
+    shown = ["-" if c is None else f"{c:.1f}" if isinstance(c, float) else str(c) for c in cells]
+    return f"{name:<22}" + "".join(f"{cell:>13}" for cell in shown)
+
+
+def table(scores: dict[str, dict]) -> list[str]:
+    """Scores of several directions, their plain mean, and below it each signature once."""
+    figures = [key for key in FIGURES if all(key in found for found in scores.values())]
+    lines = [table_line("direction", ["clips", "failed", *(FIGURES[key] for key in figures)])]
+    for direction, found in scores.items():
+        lines.append(table_line(direction, [found[key] for key in ("n", "failed", *figures)]))
+    means = [sum(found[key] for found in scores.values()) / len(scores) for key in figures]
+    lines.append(table_line(f"average of {len(scores)}", ["", "", *means]))
+    signed = defaultdict(list)
+    for direction, found in scores.items():
+        own = [found[key] for key in ("signature", "chrf_signature") if key in found]
+        signed[",  chrF ".join(own)].append(direction)
+    return lines + [f"{', '.join(names)}: {signature}" for signature, names in signed.items()]
+
+
+PUBLISHED_DIRECTIONS = ("fr-en", "ja-en", "de-en", "zh-CN-en", "es-en", "it-en")
+PUBLISHED = {
+    "Whisper-large-v2": (36.4, 26.1, 36.3, 18.0, 40.1, 30.9),
+    "SeamlessM4T-large-v2": (42.1, 23.8, 39.9, 22.2, 42.9, 40.0),
+    "Qwen-Audio": (38.5, None, 33.9, 15.7, 39.7, 36.0),
+    "LLaST-2B": (41.2, 24.2, 36.8, 19.2, 43.2, 39.3),
+    "LLaST-8B": (44.1, 24.4, 40.8, 23.3, 45.3, 42.1),
+    "LLaST-14B": (45.1, None, None, None, None, None),
+}
+CAVEAT = """\
+On CoVoST-2's test sets: beside another corpus they compare with nothing. Quoted from Table 2 of a
+later paper (PLaST, AAAI 2026), not from the papers of these models; the 45.1 is the headline in
+summaries of LLaST, and that it is the 14B model's is inferred. Casing differs between papers (the
+code of LLaST lower-cases both sides, as the column "lower-cased" does), and so do the releases of
+Common Voice that the clips come from."""
+
+
+def published(directions: list[str]) -> list[str]:
+    """The published scores of those of the directions that have some, and what to mind."""
+    columns = [i for i, name in enumerate(PUBLISHED_DIRECTIONS) if name in directions]
+    if not columns:
+        return [f"no published BLEU at hand for {', '.join(directions)}"]
+    lines = [table_line("published BLEU", [PUBLISHED_DIRECTIONS[i] for i in columns])]
+    for name, values in PUBLISHED.items():
+        if any(values[i] for i in columns):
+            lines.append(table_line(name, [values[i] for i in columns]))
+    return [*lines, CAVEAT]
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -299,15 +448,24 @@ def audio_paths(arguments: list[str]) -> list[Path]:
     return paths
 
 
-def choose_source(model: LLaST, lang: str | None, where: Path) -> str:
-    """The language of the speech: as asked, or the only one that the model has learnt."""
-    known = sorted({direction.rsplit("-", 1)[0] for direction in model.config.directions})
-    if lang is None and len(known) > 1:
-        raise ValueError(f"{where} knows {', '.join(known)}; say which is spoken with --lang")
-    lang = check_language(lang or known[0])
-    if lang not in known:
-        raise ValueError(f"{where} was not trained on {lang!r}; it knows {', '.join(known)}")
-    return lang
+def choose_direction(
+    model: LLaST, lang: str | None, where: Path, task: str = "st"
+) -> tuple[str, str]:
+    """Source and target: as asked ("fr" or "en-de"), or the only one that the model has learnt.
+
+    A transcript has no target, so for task "asr" any direction of a source will do.
+    """
+    known = parse_directions(",".join(model.config.directions))
+    names = ", ".join(map("-".join, known))
+    fits = [pair for pair in known if lang is None or lang in (pair[0], "-".join(pair))]
+    if task == "asr":
+        fits = list(dict(fits).items())
+    if not fits:
+        parse_directions(lang)  # a mistyped language has an error of its own
+        raise ValueError(f"{where} was not trained on {lang!r}; it knows {names}")
+    if len(fits) > 1:
+        raise ValueError(f"{where} knows {names}; say which with --lang")
+    return fits[0]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -318,15 +476,16 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("audio", nargs="*", help="audio files, folders of them, or .txt files with a path a line")
     add("--model", type=Path, help="folder that train.py wrote; without it the newest in runs/")
-    add("--lang", help="language spoken, if the model knows several")
+    add("--lang", help="language spoken, or direction as en-de, if the model knows several")
     add("--task", choices=("st", "asr"), default="st", help="st translates, asr transcribes")
     add("--beams", type=int, default=5, help="beams; 1 is greedy search")
     add("--length-penalty", type=float, default=1.0, help="above 1 favours longer answers")
     add("--max-new-tokens", type=int, default=256, help="longest answer, in tokens")
-    add("--n-best", type=int, default=1, help="answers to print for a clip, with their scores")
+    add("--n-best", type=int, default=1, help="answers to print, scored; 1 of a clip over 30 s")
     add("--batch", type=int, default=16, help="clips translated at once")
-    add("--json", action="store_true", help="one JSON object a clip")
-    add("--test", metavar="LANGS", help="score the test set of these languages, as fr,de")
+    add("--json", action="store_true", help="one JSON object a clip, or a direction with --test")
+    add("--test", metavar="LANGS", help="score the test sets of these directions, as fr,de,en-ja")
+    add("--published", action="store_true", help="print published scores beside those of --test")
     add("--data", type=Path, default=HERE / "tiny" / "corpus", help="corpus that --test reads")
     add("--encoder", type=Path, help="where the encoder's folder is now, if it has moved")
     add("--llm", type=Path, help="where the LLM's folder is now, if it has moved")
@@ -346,7 +505,36 @@ def show(result: Translation, args: argparse.Namespace):
             print(f"{result.path}\t{answer['score']:.3f}\t{one_line(answer['text'])}")
 
 
-def run(args: argparse.Namespace) -> int:
+def run_tests(model: LLaST, args: argparse.Namespace, folder: Path, how: dict) -> int:
+    """Score the test sets that --test names. -> how many clips failed"""
+    tests = {}  # all is looked up before the first clip is translated, which may take hours
+    for source, target in parse_directions(args.test):
+        name = source if args.task == "asr" else f"{source}-{target}"
+        source, target = choose_direction(model, name, folder, args.task)
+        rows = read_corpus(args.data, source, target)[0]["test"]
+        if not rows:
+            raise ValueError(f"the {source}-{target} corpus in {args.data} has no test clips")
+        if args.task == "st":
+            metrics(target)
+        tests[name] = rows
+    scores = {}
+    for name, rows in tests.items():
+        tsv = folder / f"{'asr' if args.task == 'asr' else 'test'}.{name}.tsv"
+        found = scores[name] = score_rows(model, rows, tsv, args.task, progress=True, **how)
+        print(f"every clip with its reference and its hypothesis: {tsv}", file=sys.stderr)
+        if args.json:
+            print(json.dumps({"direction": name, "task": args.task} | found), flush=True)
+        else:  # of several, the table comes last; until then this tells how it goes
+            print(describe(name, found), file=sys.stdout if len(tests) == 1 else sys.stderr)
+    if len(tests) > 1 and not args.json:
+        print(*table(scores), sep="\n")
+    if args.published:
+        print(*published(list(tests)), sep="\n", file=sys.stderr if args.json else sys.stdout)
+    return sum(found["failed"] for found in scores.values())
+
+
+def check(args: argparse.Namespace):
+    """What a flag alone cannot know to be wrong."""
     if not args.audio and not args.test:
         raise ValueError("nothing to do: name audio files, or a test set with --test fr")
     for name in ("beams", "max_new_tokens", "n_best", "batch"):
@@ -354,6 +542,12 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; 1 is the least")
     if args.n_best > args.beams:
         raise ValueError(f"--n-best {args.n_best} wants that many beams; --beams is {args.beams}")
+    if args.published and (args.task == "asr" or not args.test):
+        raise ValueError("--published is BLEU beside that of --test; there is none for --task asr")
+
+
+def run(args: argparse.Namespace) -> int:
+    check(args)
     folder = args.model or newest_run(HERE / "runs")
     if not args.model:
         print(f"no --model given: using the newest, {folder}", file=sys.stderr)
@@ -366,20 +560,11 @@ def run(args: argparse.Namespace) -> int:
         "max_new_tokens": args.max_new_tokens,
         "batch_size": args.batch,
     }
-    failed = 0
-    for lang in args.test.split(",") if args.test else []:
-        rows = read_corpus(args.data, choose_source(model, lang, folder), "en")[0]["test"]
-        if not rows:
-            raise ValueError(f"the {lang}-en corpus in {args.data} has no test clips")
-        tsv = folder / f"test.{lang}-en.tsv"
-        scores = score_rows(model, rows, tsv, progress=True, **how)
-        print(json.dumps(scores) if args.json else describe(f"{lang}-en", scores))
-        print(f"every clip with its reference and its translation: {tsv}", file=sys.stderr)
-        failed += scores["failed"]
+    failed = run_tests(model, args, folder, how) if args.test else 0
     if args.audio:
         paths = audio_paths(args.audio)
-        source = choose_source(model, args.lang, folder)
-        results = translate(model, paths, args.task, source, n_best=args.n_best, **how)
+        source, target = choose_direction(model, args.lang, folder, args.task)
+        results = translate(model, paths, args.task, source, target, n_best=args.n_best, **how)
         for result in results:
             show(result, args)
         failed += sum(result.error is not None for result in results)

@@ -1,4 +1,4 @@
-"""translate.py: beam search against exhaustive search, translating files, scores, command line."""
+"""translate.py: beam search against exhaustive search, translating files, the command line."""
 
 import itertools
 import json
@@ -6,10 +6,10 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import sacrebleu
 import soundfile
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,10 +17,10 @@ from torch import Tensor
 
 import toys
 import translate
-from data import Row
+from data import load_audio, split_at_quiet
 from llama import Llama, LlamaConfig, Tokenizer
 from llast import LLaST, LLaSTConfig
-from translate import beam_search, score, score_rows
+from translate import beam_search
 
 # -------------------------------------------------------------------------------------- beam search
 
@@ -190,7 +190,7 @@ def save_model(made: Path, folder: Path, directions=("fr-en",)):
         encoder_rank=2, encoder_alpha=4.0, llm_rank=2, llm_alpha=4.0, dropout=0.5,
         directions=directions,
     )  # fmt: skip
-    model = LLaST(config)
+    model = LLaST.fresh(config)
     chance = torch.Generator().manual_seed(1)
     for tensor in model.trained().values():
         tensor.normal_(std=0.3, generator=chance)
@@ -211,7 +211,7 @@ def clips(tmp_path_factory):
         hum = 0.4 * np.sin(2 * np.pi * (150 + 400 * i) * t * (1 + t))
         soundfile.write(folder / f"good{i}.wav", hum, rate)
     (folder / "empty.wav").touch()
-    soundfile.write(folder / "long.wav", np.zeros(30_100), 1000)
+    (folder / "noise.wav").write_bytes(b"no audio at all")
     soundfile.write(folder / "nan.wav", np.full(99, np.nan), 16000, subtype="FLOAT")
     return folder
 
@@ -222,9 +222,9 @@ def good(clips: Path) -> list[Path]:
 
 BAD = {
     "empty.wav": "the file is empty",
-    "long.wav": "30.1 s long",
     "missing.wav": "no such file",
     "nan.wav": "not numbers",
+    "noise.wav": "not readable as audio",
 }
 HOW = {"beams": 3, "n_best": 3, "max_new_tokens": 6}
 
@@ -286,55 +286,98 @@ def test_translating_is_without_dropout_and_leaves_the_training_mode_as_it_was(
     assert model.training == model.llm.training == training
 
 
-# ------------------------------------------------------------------------------------------- scores
-
-HYPOTHESES = ["The cat sleeps on the sofa.", "", "he went to the old Market", "Thanks a lot"]
-REFERENCES = [
-    "The cat sleeps on the couch.",
-    "Where is the station?",
-    "He went to the old market.",
-    "Thank you",
-]
+# --------------------------------------------------------------------------------------- long audio
 
 
-def test_scores_are_sacrebleus():
-    scores = score(HYPOTHESES, REFERENCES)
-    assert scores["bleu"] == round(sacrebleu.corpus_bleu(HYPOTHESES, [REFERENCES]).score, 2)
-    lower = sacrebleu.corpus_bleu(HYPOTHESES, [REFERENCES], lowercase=True).score
-    assert scores["bleu_lc"] == round(lower, 2) > scores["bleu"] > 0
-    assert scores["chrf"] == round(sacrebleu.corpus_chrf(HYPOTHESES, [REFERENCES]).score, 2)
-    assert "case:mixed" in scores["signature"] and "tok:13a" in scores["signature"]
+@pytest.fixture(scope="module")
+def long_clip(tmp_path_factory):
+    """65 s of hums that change, with two pauses: at 21.5 and at 43 s."""
+    seconds = np.arange(65 * 8000) / 8000
+    hum = 0.4 * np.sin(2 * np.pi * (200 + 6 * seconds) * seconds)
+    for pause in (21.5, 43.0):
+        hum[np.abs(seconds - pause) < 0.25] = 0
+    path = tmp_path_factory.mktemp("long") / "long.wav"
+    soundfile.write(path, hum, 8000)
+    return path
 
 
-def test_an_empty_hypothesis_counts():
-    without = [pair for pair in zip(HYPOTHESES, REFERENCES, strict=True) if pair[0]]
-    kept, dropped = score(HYPOTHESES, REFERENCES), score(*map(list, zip(*without, strict=True)))
-    assert kept["n"] == 4
-    assert kept["bleu"] < dropped["bleu"] and kept["chrf"] < dropped["chrf"]
+def by_hand(model, path: Path, folder: Path, **how) -> list[translate.Translation]:
+    """The pieces of a long clip, written to files of their own and translated as clips."""
+    audio, files = load_audio(path), []
+    for i, (start, end) in enumerate(split_at_quiet(audio, 30 * 16000)):
+        files.append(folder / f"piece{i}.wav")
+        soundfile.write(files[-1], audio[start:end].numpy(), 16000, subtype="FLOAT")
+    return translate.translate(model, files, **how)
 
 
-def test_hypotheses_and_references_must_be_as_many():
-    with pytest.raises(ValueError, match="1 hypotheses for 4 references"):
-        score(HYPOTHESES[:1], REFERENCES)
+def test_a_long_clip_is_translated_in_pieces_that_cover_it(model, long_clip, tmp_path):
+    [result] = translate.translate(model, [long_clip], **HOW)
+    hand = by_hand(model, long_clip, tmp_path, **HOW)
+    assert len(hand) == 3 and len({piece.text for piece in hand}) == 3
+    assert [piece["text"] for piece in result.pieces] == [piece.text for piece in hand]
+    assert result.text == " ".join(piece.text for piece in hand) and result.error is None
+    assert result.score == pytest.approx(sum(piece.score for piece in hand) / 3, abs=2e-4)
+    assert result.n_best == [{"text": result.text, "score": result.score}]
+
+    starts = [piece["start"] for piece in result.pieces]
+    ends = [piece["end"] for piece in result.pieces]
+    assert starts == [0.0, *ends[:-1]] and ends[-1] == 65.0
+    assert ends[:-1] == pytest.approx([21.5, 43.0], abs=0.2), "cut in the pauses"
+    assert all(set(piece) == {"start", "end", "text"} for piece in result.pieces)
 
 
-def test_every_clip_has_its_line_in_the_table_failed_ones_included(model, clips, tmp_path, capsys):
-    names = ["good1.wav", "missing.wav", "good0.wav"]
-    rows = [
-        Row(clips / name, "dit", f"said\tin {i}", "fr", "en", 1.0) for i, name in enumerate(names)
-    ]
-    scores = score_rows(model, rows, tmp_path / "out.tsv", beams=2, max_new_tokens=6)
-    assert (scores["n"], scores["failed"]) == (3, 1)
-    assert "missing.wav: no such file" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "task, source, target, space",
+    [("st", "en", "ja", ""), ("asr", "fr", "ja", " "), ("asr", "zh-CN", "en", "")],
+)
+def test_pieces_are_joined_as_the_language_that_is_written(
+    model, long_clip, task, source, target, space
+):
+    [result] = translate.translate(model, [long_clip], task, source, target, beams=1)
+    assert result.text == space.join(piece["text"] for piece in result.pieces if piece["text"])
 
-    results = translate.translate(model, [row.path for row in rows], beams=2, max_new_tokens=6)
-    header, *lines = (tmp_path / "out.tsv").read_text(encoding="utf-8").splitlines()
-    assert header.split("\t") == ["clip", "reference", "hypothesis", "score"]
-    assert [line.split("\t") for line in lines] == [
-        [name, f"said in {i}", result.text, str(result.score)]
-        for i, (name, result) in enumerate(zip(names, results, strict=True))
-    ]
-    assert scores["chrf"] == score([r.text for r in results], [r.translation for r in rows])["chrf"]
+
+def test_pieces_without_a_word_leave_no_gap():
+    result = translate.Translation("long.wav")
+    texts = ("one", -1.0), ("", -2.0), ("two", -1.5)
+    pieces = [(i, i + 1, [{"text": text, "score": s}]) for i, (text, s) in enumerate(texts)]
+    translate.fill(result, pieces, 1, space=" ")
+    assert (result.text, result.score, len(result.pieces)) == ("one two", -1.5, 3)
+
+
+@pytest.mark.parametrize("batch_size", [2, 16])
+def test_long_and_short_and_bad_clips_mix_and_stay_in_order(model, clips, long_clip, batch_size):
+    short = good(clips)
+    mixed = [long_clip, short[0], clips / "nan.wav", *short[1:], clips / "empty.wav", long_clip]
+    results = translate.translate(model, mixed, **HOW, batch_size=batch_size)
+    assert [result.path for result in results] == [str(path) for path in mixed]
+    assert_same([results[1], *results[3:6]], translate.translate(model, short, **HOW))
+    assert_same([results[0], results[-1]], translate.translate(model, [long_clip], **HOW) * 2)
+    assert all(result.pieces == [] for result in results[1:-1])
+    assert [bool(result.error) for result in results] == [r in (2, 6) for r in range(8)]
+
+
+def test_only_one_batch_of_audio_is_in_memory(model, clips, long_clip, monkeypatch):
+    loaded, seen = [], []
+    load = translate.load_audio
+    monkeypatch.setattr(translate, "load_audio", lambda path: loaded.append(path) or load(path))
+    encode = LLaST.encode_speech
+
+    def watched(self, audio):
+        seen.append(len(loaded))
+        return encode(self, audio)
+
+    monkeypatch.setattr(LLaST, "encode_speech", watched)
+    translate.translate(model, [long_clip, *good(clips)], beams=1, max_new_tokens=2, batch_size=2)
+    assert seen == [2, 4, 5, 5] and loaded[-1] == long_clip, "files decoded before each batch"
+
+
+def test_a_clip_of_just_30_s_is_one_piece(model, tmp_path):
+    for name, samples in (("fits", 30 * 1000), ("over", 30 * 1000 + 1)):
+        soundfile.write(tmp_path / f"{name}.wav", np.zeros(samples), 1000)
+    files = [tmp_path / "fits.wav", tmp_path / "over.wav"]
+    fits, over = translate.translate(model, files, beams=1, max_new_tokens=2)
+    assert fits.pieces == [] and len(over.pieces) == 2
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -370,6 +413,7 @@ def test_json_has_an_object_for_each_clip(command, quick, clips):
     *objects, bad = map(json.loads, lines)
     assert [o["path"] for o in objects] == [str(path) for path in good(clips)]
     assert all(o["text"] and o["score"] < 0 and o["error"] is None for o in objects)
+    assert all(o["pieces"] == [] for o in objects)
     assert bad["text"] == "" and "the file is empty" in bad["error"]
     assert code == 1
 
@@ -414,6 +458,80 @@ def test_test_scores_the_test_set_and_writes_every_clip(command, quick, made, cl
     code, lines, _ = command(*quick, "--test", "fr", "--data", tmp_path)
     assert code == 0 and lines[0].startswith("fr-en on 2 clips: BLEU ")
     assert len((made / "trained" / "test.fr-en.tsv").read_text().splitlines()) == 3
+    code, lines, _ = command(*quick, "--test", "fr", "--task", "asr", "--data", tmp_path)
+    assert code == 0 and lines[0].startswith("fr on 2 clips: WER ")
+    assert "\tdeux\t" in (made / "trained" / "asr.fr.tsv").read_text()
+
+
+def test_json_of_a_long_clip_says_when_each_piece_is_heard(command, quick, long_clip):
+    code, [text], _ = command(*quick, "--json", long_clip)
+    clip = json.loads(text)
+    assert code == 0 and clip["text"] == " ".join(piece["text"] for piece in clip["pieces"])
+    assert clip["pieces"][0]["start"] == 0 and clip["pieces"][-1]["end"] == 65
+    _, lines, _ = command(*quick, "--n-best", 2, long_clip)
+    assert lines == [f"{long_clip}\t{clip['score']:.3f}\t{clip['text']}"]
+
+
+def knows(*directions):
+    """A stand-in for a model, for what asks about its directions only."""
+    return SimpleNamespace(config=SimpleNamespace(directions=directions))
+
+
+@pytest.mark.parametrize(
+    "directions, lang, task, expected",
+    [
+        (("fr-en",), None, "st", ("fr", "en")),
+        (("en-zh-CN",), None, "st", ("en", "zh-CN")),
+        (("zh-CN-en",), None, "st", ("zh-CN", "en")),
+        (("fr-en", "en-zh-CN"), "en", "st", ("en", "zh-CN")),
+        (("fr-en", "en-zh-CN"), "fr", "st", ("fr", "en")),
+        (("zh-CN-en", "en-zh-CN"), "zh-CN", "st", ("zh-CN", "en")),
+        (("en-de", "en-zh-CN"), "en-de", "st", ("en", "de")),
+        (("en-de", "en-zh-CN"), "en-zh-CN", "st", ("en", "zh-CN")),
+    ],
+)
+def test_the_direction_is_the_one_asked_for_or_the_only_one(directions, lang, task, expected):
+    assert translate.choose_direction(knows(*directions), lang, Path("run"), task) == expected
+
+
+def test_to_transcribe_any_direction_of_the_language_will_do():
+    model = knows("en-de", "en-zh-CN", "fr-en")
+    for lang in ("en", "en-de"):
+        assert translate.choose_direction(model, lang, Path("run"), "asr")[0] == "en"
+    only_english = knows("en-de", "en-zh-CN")
+    assert translate.choose_direction(only_english, None, Path("run"), "asr")[0] == "en"
+
+
+@pytest.mark.parametrize(
+    "lang, task, answer",
+    [
+        (None, "st", "run knows en-de, en-zh-CN, fr-en; say which with --lang"),
+        ("en", "st", "run knows en-de, en-zh-CN, fr-en; say which with --lang"),
+        (None, "asr", "run knows en-de, en-zh-CN, fr-en; say which with --lang"),
+        ("de", "st", "run was not trained on 'de'; it knows en-de, en-zh-CN, fr-en"),
+        ("zh-CN", "st", "run was not trained on 'zh-CN'"),
+        ("en-ja", "st", "run was not trained on 'en-ja'"),
+        ("french", "st", "unknown language 'french'; did you mean 'fr'"),
+    ],
+)
+def test_a_direction_that_is_not_clear_is_answered_with_those_there_are(lang, task, answer):
+    with pytest.raises(ValueError, match=answer):
+        translate.choose_direction(knows("en-de", "en-zh-CN", "fr-en"), lang, Path("run"), task)
+
+
+def test_the_direction_reaches_the_prompt(command, made, clips, monkeypatch):
+    save_model(made, made / "outward", ("en-de", "en-zh-CN"))
+    asked = []
+
+    def spy(model, paths, task, source, target, **how):
+        asked.append((task, source, target))
+        return []
+
+    monkeypatch.setattr(translate, "translate", spy)
+    for flags in (["--lang", "en-zh-CN"], ["--lang", "en-de"], ["--lang", "en", "--task", "asr"]):
+        assert command("--model", made / "outward", clips / "good0.wav", *flags)[0] == 0
+    assert asked[:2] == [("st", "en", "zh-CN"), ("st", "en", "de")]
+    assert asked[2][:2] == ("asr", "en")
 
 
 def test_mistakes_are_answered_with_what_to_do_and_exit_code_2(command, quick, clips, made):
@@ -424,8 +542,12 @@ def test_mistakes_are_answered_with_what_to_do_and_exit_code_2(command, quick, c
         (["--model", clips, clip], f"{clips} is no saved LLaST: it has no llast.json"),
         ([*quick, "--lang", "french", clip], "unknown language 'french'; did you mean 'fr'"),
         ([*quick, "--lang", "de", clip], "was not trained on 'de'; it knows fr"),
-        (["--model", made / "two", clip], "knows de, fr; say which is spoken with --lang"),
+        (["--model", made / "two", clip], "knows de-en, fr-en; say which with --lang"),
         ([*quick, "--test", "fr", "--data", clips], "no fr-en corpus"),
+        ([*quick, "--test", "fr,de", "--data", clips], "no fr-en corpus"),
+        ([*quick, "--test", "de"], "was not trained on 'de-en'; it knows fr-en"),
+        ([*quick, "--published", clip], "--published is BLEU beside that of --test"),
+        ([*quick, "--published", "--test", "fr", "--task", "asr"], "none for --task asr"),
         ([*quick, made / "trained"], "holds no .wav"),
         ([*quick, made / "list.txt"], "list.txt"),
     ):
