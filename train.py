@@ -20,18 +20,24 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import Batches, Row, check_language, read_corpus
+from data import TEMPLATES, Batches, Row, every_nth, parse_directions, read_corpus
+from llama import Llama, LlamaConfig
 from llast import LLaST, LLaSTConfig, pick_device
-from translate import describe, score_rows, translate
-from whisper_encoder import WINDOWS
+from translate import describe, metrics, score_rows, translate
+from whisper_encoder import WINDOWS, WhisperConfig, WhisperEncoder
 
 HERE = Path(__file__).parent
+DEV_CLIPS = 500  # of each direction: all of CoVoST-2's would take hours to score
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Every number of a training run that is not a matter of the machine or the corpus."""
+    """Every choice of a training run that is not a matter of the machine."""
 
+    encoder: Path  # Whisper checkpoint
+    llm: Path  # Llama checkpoint
+    data: Path  # corpus
+    lang: str  # directions
     template: str
     window: str
     encoder_rank: int
@@ -40,54 +46,71 @@ class Preset:
     llm_alpha: float
     dropout: float
     asr: float  # share of clips that are also transcribed
+    en_step: int  # of the clips in English every so-manieth is translated
     lr: float  # peak
+    schedule: str
     warmup: float  # share of all steps
     batch: int  # positions
     accumulate: int  # batches in one step of the optimizer
+    recompute: bool  # activations of a layer, in the backward pass: half the speed, less memory
     epochs: int
     beams: int
 
 
-# The paper's systems, with every number of the original's released configs but two: a batch is 16
-# rows of any length there, a budget of positions of about that size here; and the learning rate
-# falls along a cosine there, along a line here, as the paper says.
+# The paper's systems: every number is that of the original's released configurations
+# (workspace/llast_2b_tinyllama_chat.py, llast_8b_llama2_chat.py; the 14B has none, and takes those
+# of the 8B), but for three. A batch is 16 rows of any length there, a budget of positions of about
+# that size here. The learning rate falls along a cosine there; the paper says a line, so does this
+# (--schedule cosine gives the other). Their frozen LLM is in 4 bits, this one in 16.
+TINY, WEIGHTS = HERE / "tiny", HERE / "weights"
 PAPER = dict(
-    window="30s", encoder_rank=128, encoder_alpha=64, llm_rank=512, llm_alpha=256,
-    dropout=0.05, asr=1.0, lr=2e-4, warmup=0.03, batch=6400, accumulate=2, epochs=1, beams=5,
+    encoder=WEIGHTS / "whisper-large-v2", data=HERE / "corpus", lang="paper", window="30s",
+    encoder_rank=128, encoder_alpha=64, llm_rank=512, llm_alpha=256, dropout=0.05, asr=1.0,
+    en_step=1, lr=2e-4, schedule="linear", warmup=0.03, batch=6400, accumulate=2, recompute=True,
+    epochs=1, beams=5,
 )  # fmt: skip
 PRESETS = {
     "tiny": Preset(
+        encoder=TINY / "whisper", llm=TINY / "llama", data=TINY / "corpus", lang="fr",
         template="llama2", window="clip", encoder_rank=16, encoder_alpha=32, llm_rank=16,
-        llm_alpha=32, dropout=0.0, asr=0.0, lr=1e-3, warmup=0.05, batch=1100, accumulate=1,
-        epochs=5, beams=5,
+        llm_alpha=32, dropout=0.0, asr=0.0, en_step=1, lr=1e-3, schedule="linear", warmup=0.05,
+        batch=1100, accumulate=1, recompute=False, epochs=5, beams=5,
     ),
-    "llast-2b": Preset(template="tinyllama", **PAPER),  # whisper-large-v2, TinyLlama-1.1B-Chat
-    "llast-8b": Preset(template="llama2", **PAPER),  # whisper-large-v2, Llama-2-7b-chat
-    "llast-14b": Preset(template="llama2", **PAPER),  # whisper-large-v2, Llama-2-13b-chat
+    "llast-2b": Preset(
+        llm=WEIGHTS / "TinyLlama-1.1B-Chat-v1.0", template="tinyllama", **PAPER
+    ),
+    "llast-8b": Preset(llm=WEIGHTS / "Llama-2-7b-chat-hf", template="llama2", **PAPER),
+    "llast-14b": Preset(llm=WEIGHTS / "Llama-2-13b-chat-hf", template="llama2", **PAPER),
 }  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
-    tiny = HERE / "tiny"
     parser = argparse.ArgumentParser(
         description="Train a LLaST: speech in, text in another language out.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="What is not given is as the preset has it.",
     )
     add = parser.add_argument
-    add("--lang", default="fr", help="languages spoken, as fr or fr,de,es; the target is English")
-    add("--preset", choices=PRESETS, default="tiny", help="the row of PRESETS to start from")
-    add("--data", type=Path, default=tiny / "corpus", help="corpus in CoVoST-2's layout")
-    add("--encoder", type=Path, default=tiny / "whisper", help="folder of a Whisper checkpoint")
-    add("--llm", type=Path, default=tiny / "llama", help="folder of a Llama checkpoint")
-    add("--out", type=Path, help="folder to write; runs/LANG if not given")
-    add("--asr", type=float, help="share of clips also transcribed; the preset's if not given")
-    add("--clips", type=int, help="train on the first so many clips of each language")
-    add("--window", choices=WINDOWS, help="what the encoder is given; the preset's if not given")
-    add("--epochs", type=int, help="passes over all clips; the preset's if not given")
-    add("--lr", type=float, help="peak learning rate; the preset's if not given")
-    add("--batch", type=int, help="positions, speech and text; the preset's if not given")
-    add("--accumulate", type=int, help="batches in one optimizer step; the preset's if not given")
-    add("--seed", type=int, default=0, help="the one number that all randomness follows from")
+    add("--preset", choices=PRESETS, default="tiny", help="the row of PRESETS to start from [tiny]")
+    add("--lang", help="directions: fr (into English), fr,de, en-de, all, or paper for its nine")
+    add("--data", type=Path, help="corpus in CoVoST-2's layout, as data.py prepares it")
+    add("--encoder", type=Path, help="a Whisper checkpoint: folder, or one of OpenAI's .pt files")
+    add("--llm", type=Path, help="a Llama checkpoint: folder")
+    add("--out", type=Path, help="folder to write [runs/LANG]")
+    add("--plan", action="store_true", help="print what it would take, and stop; needs no weights")
+    add("--template", choices=TEMPLATES, help="how the prompt is written")
+    add("--window", choices=WINDOWS, help="audio given to the encoder: padded to 30 s, or the clip")
+    add("--trim", dest="window", action="store_const", const="clip", help="same as --window clip")
+    add("--asr", type=float, help="share of clips that are also transcribed, 0 to 1")
+    add("--en-step", type=int, help="translate every so-manieth clip in English only")
+    add("--clips", type=int, help="train on the first so many clips of each direction")
+    add("--epochs", type=int, help="passes over all clips")
+    add("--lr", type=float, help="peak learning rate")
+    add("--schedule", choices=("linear", "cosine"), help="how the learning rate falls to 0")
+    add("--batch", type=int, help="positions, speech and text, in a batch")
+    add("--accumulate", type=int, help="batches in one step of the optimizer")
+    add("--recompute", action=argparse.BooleanOptionalAction,
+        help="compute activations again in the backward pass: less memory, more time")  # fmt: skip
+    add("--seed", type=int, default=0, help="the one number that all randomness follows from [0]")
     return parser
 
 
@@ -103,6 +126,183 @@ def with_flags(preset: Preset, args: argparse.Namespace) -> Preset:
         if getattr(args, name, None) is not None:
             values[name] = getattr(args, name)
     return Preset(**values)
+
+
+# --------------------------------------------------------------------------------------- the plan
+
+PUBLIC = {  # folder: where it is published, what to fetch of it, its geometry (config.json)
+    "whisper-large-v2": (
+        "openai/whisper-large-v2", "config.json model.safetensors",
+        WhisperConfig(80, 1280, 32, 20, 5120, 1500),
+    ),
+    "TinyLlama-1.1B-Chat-v1.0": (
+        "TinyLlama/TinyLlama-1.1B-Chat-v1.0", "config.json tokenizer.model model.safetensors",
+        LlamaConfig(2048, 5632, 22, 32, 4, 64, 32000, 1e-5, 10_000.0, False),
+    ),
+    "Llama-2-7b-chat-hf": (
+        "NousResearch/Llama-2-7b-chat-hf", "--exclude '*.bin'",
+        LlamaConfig(4096, 11008, 32, 32, 32, 128, 32000, 1e-5, 10_000.0, False),
+    ),
+    "Llama-2-13b-chat-hf": (
+        "NousResearch/Llama-2-13b-chat-hf", "--exclude '*.bin'",
+        LlamaConfig(5120, 13824, 40, 40, 40, 128, 32000, 1e-5, 10_000.0, False),
+    ),
+}  # fmt: skip
+COVOST_TRAIN = {  # CoVoST-2's training rows and hours by language spoken; English has 15 targets
+    "fr": (207_374, 264), "de": (127_834, 184), "es": (79_015, 113), "ca": (95_854, 136),
+    "it": (31_698, 44), "ru": (12_112, 18), "zh-CN": (7_085, 10), "pt": (9_158, 10),
+    "fa": (53_949, 49), "et": (1_782, 3), "mn": (2_067, 3), "nl": (7_108, 7), "tr": (3_966, 4),
+    "ar": (2_283, 2), "sv-SE": (2_160, 2), "lv": (2_337, 2), "sl": (1_843, 2), "ta": (1_358, 2),
+    "ja": (1_119, 1), "id": (1_243, 1), "cy": (1_241, 2), "en": (289_430, 430),
+}  # fmt: skip
+TEXT, ANSWER = 60, 30  # tokens assumed in a row: prompt and answer, and the answer alone
+FLOPS, SHARE = 989e12, 0.4  # an H100's bf16 rate by its data sheet, and the share counted on
+
+
+def fetch(folder: Path) -> str:
+    """The command that downloads a public checkpoint to where it is expected."""
+    name, what, _ = PUBLIC[folder.name]
+    return f"hf download {name} {what} --local-dir {short(folder)}"
+
+
+def geometry(base: Path, kind):
+    """The configuration of a checkpoint: its own if it is there, else as it was published."""
+    if (base / "config.json").is_file():
+        return kind.from_json(base / "config.json")
+    if base.name not in PUBLIC:
+        raise FileNotFoundError(f"{base} is not there; its size is known for {', '.join(PUBLIC)}")
+    return PUBLIC[base.name][2]
+
+
+def mix(settings: Preset) -> tuple[list[tuple[str, int, int]], float]:
+    """(direction, rows to translate, rows to transcribe) of an epoch, and the seconds of a clip.
+
+    From the corpus if it is there, else as CoVoST-2 has them.
+    """
+    rows, clips, seconds, heard = [], 0, 0.0, set()
+    for source, target in parse_directions(settings.lang):
+        n, total = COVOST_TRAIN[source][0], 3600 * COVOST_TRAIN[source][1]
+        if settings.data.is_dir():
+            found = read_corpus(settings.data, source, target)[0]["train"]
+            n, total = len(found), sum(row.seconds for row in found)
+        st = math.ceil(n / (settings.en_step if source == "en" else 1))
+        rows.append((f"{source}-{target}", st, 0 if source in heard else round(settings.asr * st)))
+        heard.add(source)
+        clips, seconds = clips + n, seconds + total
+    return rows, seconds / clips
+
+
+def lora_size(settings: Preset, W: WhisperConfig, L: LlamaConfig) -> tuple[int, int]:
+    """Parameters of the LoRA in one layer of the encoder and in one of the LLM."""
+    Da, D, kv = W.d_model, L.hidden_size, L.num_key_value_heads * L.head_dim
+    q = L.num_attention_heads * L.head_dim
+    encoder = settings.encoder_rank * (4 * 2 * Da + 2 * (Da + W.encoder_ffn_dim))
+    llm = settings.llm_rank * (2 * (D + q) + 2 * (D + kv) + 3 * (D + L.intermediate_size))
+    return encoder, llm
+
+
+def activation_bytes(settings, W: WhisperConfig, L: LlamaConfig, B: int, S: int, P: int) -> int:
+    """What the backward pass needs of the forward pass, in bf16: B clips of S states, P positions.
+
+    Counted line by line in SelfAttention, Attention, MLP and LoRALinear, whose dropout keeps a mask
+    of one byte and a copy of its input. A recomputed layer leaves its input, and one is open.
+    """
+    D, H, F = L.hidden_size, L.num_attention_heads, L.intermediate_size
+    q, kv, Da, Fe = H * L.head_dim, L.num_key_value_heads * L.head_dim, W.d_model, W.encoder_ffn_dim
+    if settings.dropout:  # for each of the seven, and of the six
+        llm, encoder = 3 * (3 * D + q + 2 * D + F), 3 * (5 * Da + Fe)
+    else:  # one for all that read it; the output projection's is kept by attention already
+        llm, encoder = 2 * (D + D + F), 2 * (2 * Da + Fe)
+    llm += 8 * D + 4 * (q + kv) + 4 * H + 6 * F + 2 * 7 * settings.llm_rank
+    encoder += 4 * Da + 8 * Da + 2 * Fe
+    encoder += 4 * W.encoder_attention_heads + 2 * 6 * settings.encoder_rank
+    in_encoder, in_llm = (2 * n for n in lora_size(settings, W, L))  # LoRA's weights in bf16
+    encoder, llm = B * S * encoder + in_encoder, B * P * llm + in_llm
+    if settings.recompute:
+        kept = 2 * B * (W.encoder_layers * S * Da + L.num_hidden_layers * P * D)
+        layers = kept + max(encoder, llm)
+    else:
+        layers = W.encoder_layers * encoder + L.num_hidden_layers * llm
+    return layers + B * ANSWER * 10 * L.vocab_size  # logits in bf16, in float32, and their gradient
+
+
+def example_flops(settings: Preset, W: WhisperConfig, L: LlamaConfig, S: int, P: int) -> float:
+    """Multiplications and additions of one training example of S encoder states and P positions.
+
+    A frozen matrix costs a forward pass and the gradient of its input; a trained one that of its
+    weight as well. Attention's backward pass is 2.5 times its forward pass.
+    """
+    Da, Fe, D = W.d_model, W.encoder_ffn_dim, L.hidden_size
+    q, kv = L.num_attention_heads * L.head_dim, L.num_key_value_heads * L.head_dim
+    frozen = 2 * S * W.encoder_layers * (4 * Da * Da + 2 * Da * Fe)
+    frozen += 2 * P * L.num_hidden_layers * (2 * D * q + 2 * D * kv + 3 * D * L.intermediate_size)
+    frozen += 2 * ANSWER * D * L.vocab_size
+    attention = 4 * W.encoder_layers * S * S * Da + 2 * L.num_hidden_layers * P * P * q
+    encoder, llm = lora_size(settings, W, L)
+    lora = 2 * (S * W.encoder_layers * encoder + P * L.num_hidden_layers * llm)
+    projector = 2 * (P - TEXT) * (Da * D + 2 * D * D)
+    convolutions = 12 * S * W.num_mel_bins * Da + 6 * S * Da * Da  # no gradient goes there
+    again = frozen + attention + lora if settings.recompute else 0
+    return convolutions + 2 * frozen + 3.5 * attention + 3 * (lora + projector) + again
+
+
+def print_plan(settings: Preset):
+    """What training would take: parameters, memory, steps, time and downloads."""
+    W, L = geometry(settings.encoder, WhisperConfig), geometry(settings.llm, LlamaConfig)
+    with torch.device("meta"):
+        model = LLaST(model_config(settings), WhisperEncoder(W), Llama(L), tokenizer=None)
+    print_parts(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+
+    rows, seconds = mix(settings)
+    heard = math.ceil(50 * seconds)
+    P, S = heard + TEXT, W.max_source_positions if settings.window == "30s" else heard
+    B = max(1, settings.batch // P)
+    where = f"in {short(settings.data)}" if settings.data.is_dir() else "of CoVoST-2"
+    print(f"{'direction':12}{'translate':>12}{'transcribe':>12}   training rows {where}")
+    for direction, st, asr in rows:
+        print(f"{direction:12}{st:12,}{asr:12,}")
+    n = sum(st + asr for _, st, asr in rows)
+    steps = math.ceil(n / (B * settings.accumulate))
+    print(f"{'all':12}{sum(r[1] for r in rows):12,}{sum(r[2] for r in rows):12,}\n")
+
+    memory = {
+        "frozen weights, bfloat16": 2 * frozen,
+        "LoRA and projector, float32": 4 * trained,
+        "gradients, float32": 4 * trained,
+        "optimizer's two moments": 8 * trained,
+        "activations, estimated": activation_bytes(settings, W, L, B, S, P),
+    }
+    print("memory on one GPU                    GB")
+    for label, size in (memory | {"all": sum(memory.values())}).items():
+        print(f"    {label:29}{size / 1e9:6.2f}")
+    flops = example_flops(settings, W, L, S, P)
+    hours = n * settings.epochs * flops / (FLOPS * SHARE) / 3600
+    print(
+        f"\na row       {seconds:.1f} s on average: {S} states in the encoder, {heard} + {TEXT} "
+        f"(assumed) positions in the LLM\n"
+        f"a step      {B} rows x {settings.accumulate} batches\n"
+        f"an epoch    {n:,} rows in {steps:,} steps\n"
+        f"arithmetic  {flops / 1e12:.2f} TFLOP a row\n"
+        f"time        {hours:.1f} h for {settings.epochs} epoch{'s'[: settings.epochs > 1]} at "
+        f"{SHARE:.0%} of {FLOPS / 1e12:.0f} TFLOP/s (one H100; counted, not measured)"
+    )
+    print("\nwhat has to be there                  and how to get it")
+    for base in (settings.encoder, settings.llm):
+        how = fetch(base) if base.name in PUBLIC else "it is part of this project"
+        print(f"    {short(base):34}{'(is there)' if base.exists() else how}")
+    langs = ",".join("-".join(pair) for pair in parse_directions(settings.lang))
+    how = f"python data.py prepare covost2 --lang {langs} --out {short(settings.data)} ..."
+    print(f"    {short(settings.data):34}{'(is there)' if settings.data.exists() else how}")
+
+
+def model_config(settings: Preset) -> LLaSTConfig:
+    """What of the settings the model itself has to remember."""
+    shape = {k: v for k, v in asdict(settings).items() if k in LLaSTConfig.__dataclass_fields__}
+    shape |= {"encoder": str(settings.encoder), "llm": str(settings.llm)}
+    directions = tuple("-".join(pair) for pair in parse_directions(settings.lang))
+    return LLaSTConfig(**shape, directions=directions)
 
 
 # ---------------------------------------------------------------------------- what is printed first
@@ -148,19 +348,23 @@ def print_corpus(splits: dict[str, list[Row]], batches: Batches):
 # ------------------------------------------------------------------------------------- the corpora
 
 
-def read_all(args: argparse.Namespace, languages: list[str]) -> dict[str, list[Row]]:
-    """The splits of all languages together; clips that cannot be used are counted and named."""
+def read_all(settings: Preset, clips: int | None) -> dict[str, list[Row]]:
+    """The splits of all directions together; clips that cannot be used are counted and named."""
     splits = {"train": [], "dev": [], "test": []}
-    for language in languages:
-        found, unusable = read_corpus(args.data, language, "en")
+    for source, target in parse_directions(settings.lang):
+        metrics(target)  # a missing tokenizer for the scores is better known now than at the end
+        found, unusable = read_corpus(settings.data, source, target)
         for reason in unusable[:5]:
             print(f"cannot be used: {reason}")
         if unusable:
-            print(f"{language}: {len(unusable)} clips cannot be used; the first are named above")
+            print(f"{source}-{target}: {len(unusable)} clips cannot be used; the first are above")
         for split, rows in found.items():
             if not rows:
-                raise ValueError(f"the {language}-en corpus in {args.data} has no {split} clips")
-            splits[split] += rows[: args.clips] if split == "train" else rows
+                where = f"the {source}-{target} corpus in {settings.data}"
+                raise ValueError(f"{where} has no {split} clips")
+        splits["train"] += every_nth(found["train"], settings.en_step)[:clips]
+        splits["dev"] += found["dev"][:DEV_CLIPS]
+        splits["test"] += found["test"]
     return splits
 
 
@@ -220,7 +424,8 @@ def refuse_another_run(out: Path, about: dict):
 def train(model: LLaST, batches: Batches, dev: Batches, settings: Preset, out: Path):
     """The whiteboard loop: loss, gradient, step; dev scores and a save after every epoch."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0)
+    on_cuda = model.device.type == "cuda"
+    optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0, fused=on_cuda)
     per_epoch = [
         math.ceil(len(batches.groups(e)) / settings.accumulate) for e in range(settings.epochs)
     ]
@@ -228,7 +433,10 @@ def train(model: LLaST, batches: Batches, dev: Batches, settings: Preset, out: P
     warmup = max(1, round(settings.warmup * steps))
 
     def share_of_peak(step: int) -> float:
-        return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
+        left = (steps - step) / max(1, steps - warmup)
+        if settings.schedule == "cosine":
+            left = (1 - math.cos(math.pi * min(1, left))) / 2
+        return min((step + 1) / warmup, left)
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
     bar = tqdm(total=steps, unit="step", dynamic_ncols=True)
@@ -295,27 +503,32 @@ def print_command(rows: list[Row], out: Path):
     print(f"    python translate.py --model {short(out)}{lang} {short(rows[0].path)}")
 
 
-def run(args: argparse.Namespace):
+def run(args: argparse.Namespace) -> int:
     began = time.time()
     settings = with_flags(PRESETS[args.preset], args)
-    languages = [check_language(code) for code in args.lang.split(",")]
-    out = args.out or HERE / "runs" / args.lang.replace(",", "-")
-    if args.preset != "tiny" and HERE / "tiny" in (args.encoder.parent, args.llm.parent):
-        raise ValueError(f"--preset {args.preset} needs real weights: give --encoder and --llm")
-    about = vars(args) | asdict(settings)
-    about = {k: v if isinstance(v, int | float) else str(v) for k, v in about.items() if k != "out"}
+    if args.plan:
+        print_plan(settings)
+        return 0
+    out = args.out or HERE / "runs" / settings.lang.replace(",", "-")
+    for base in (settings.encoder, settings.llm):
+        if base.name in PUBLIC and not base.exists():
+            raise FileNotFoundError(f"{short(base)} is not there; get it with\n    {fetch(base)}")
+    about = {"preset": args.preset, "clips": args.clips, "seed": args.seed} | asdict(settings)
+    about = {k: str(v) if isinstance(v, Path) else v for k, v in about.items()}
     refuse_another_run(out, about)
     torch.manual_seed(args.seed)
     device, dtype, reason = pick_device()
     print(f"device      {reason}")
-    for label, path in (("encoder", args.encoder), ("LLM", args.llm), ("corpus", args.data)):
+    for label, path in (
+        ("encoder", settings.encoder),
+        ("LLM", settings.llm),
+        ("corpus", settings.data),
+    ):
         print(f"{label:11} {short(path)}")
 
-    splits = read_all(args, languages)
-    shape = {k: v for k, v in asdict(settings).items() if k in LLaSTConfig.__dataclass_fields__}
-    directions = tuple(f"{language}-en" for language in languages)
-    config = LLaSTConfig(str(args.encoder), str(args.llm), directions=directions, **shape)
-    model = LLaST(config, dtype).to(device)
+    splits = read_all(settings, args.clips)
+    model = LLaST.fresh(model_config(settings), dtype, device)
+    model.speech_encoder.recompute = model.llm.recompute = settings.recompute
     print_parts(model)
     drawn = model.tokenizer, settings.template, settings.batch, args.seed
     batches = Batches(splits["train"], settings.asr, *drawn)

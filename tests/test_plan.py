@@ -1,0 +1,179 @@
+"""train.py --plan: its parameters, memory and arithmetic are those of the model that is built."""
+
+import re
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import toys
+import train
+from data import AUDIO_ID, IGNORE, Batch
+from llast import LLaST, LLaSTConfig
+
+# Published by the paper's configurations: facts of the system, not of this code.
+COUNTS = {
+    "llast-2b": {"projector": 11_016_192, "LLM LoRA": 403_701_760},
+    "llast-8b": {"projector": 38_809_600, "LLM LoRA": 1_279_262_720},
+    "llast-14b": {"projector": 58_997_760, "LLM LoRA": 2_002_780_160},
+}
+
+
+def planned(monkeypatch, capsys, *flags) -> str:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--plan", *flags])
+    assert train.main() == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("preset", COUNTS)
+def test_the_papers_systems_have_their_number_of_parameters(monkeypatch, capsys, preset):
+    lines = planned(monkeypatch, capsys, "--preset", preset).splitlines()
+    table = {line[:14].strip(): line[14:].split() for line in lines[2:8]}
+    assert table["encoder"] == ["0", "636,784,640"]
+    assert table["encoder LoRA"] == ["94,371,840", "0"]
+    for part, n in COUNTS[preset].items():
+        assert table[part] == [f"{n:,}", "0"]
+
+
+def test_the_papers_mix_has_its_number_of_rows(monkeypatch, capsys):
+    out = planned(monkeypatch, capsys, "--preset", "llast-2b")
+    assert "an epoch    2,065,970 rows" in out
+    fewer = planned(monkeypatch, capsys, "--preset", "llast-2b", "--en-step", "10")
+    assert f"an epoch    {2_065_970 - 4 * (289_430 - 28_943):,} rows" in fewer
+
+
+def test_the_plan_says_what_to_fetch_and_how(monkeypatch, capsys):
+    out = planned(monkeypatch, capsys, "--preset", "llast-8b")
+    assert "hf download openai/whisper-large-v2 config.json model.safetensors --local-dir" in out
+    assert "hf download NousResearch/Llama-2-7b-chat-hf --exclude '*.bin' --local-dir" in out
+    assert "python data.py prepare covost2 --lang fr-en" in out
+
+
+@pytest.mark.parametrize("preset", COUNTS)
+def test_the_readme_says_what_the_plan_says(monkeypatch, capsys, preset):
+    out = planned(monkeypatch, capsys, "--preset", preset)
+    [total] = re.findall(r"^    all +([\d.]+)$", out, re.M)
+    readme = (Path(train.__file__).parent / "README.md").read_text()
+    [claimed] = re.findall(rf"^\| `{preset}` \|.*\| ([\d.]+) GB \| `python", readme, re.M)
+    assert float(claimed) == pytest.approx(float(total), abs=0.051)
+
+
+def test_training_without_the_weights_says_how_to_get_them(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "llast-8b"])
+    assert train.main() == 2
+    assert "whisper-large-v2 is not there; get it with" in capsys.readouterr().err
+
+
+def test_the_embedded_default_is_planned_on_its_own_corpus(monkeypatch, capsys):
+    out = planned(monkeypatch, capsys, "--lang", "fr", "--asr", "1")
+    assert "training rows in" in out and "fr-en              1,400       1,400" in out
+
+
+# --------------------------------------------------------------------- against a real training step
+
+SIZES = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=8,
+             num_key_value_heads=2, head_dim=8)  # fmt: skip
+WIDE = dict(d_model=48, encoder_layers=3, encoder_attention_heads=6, encoder_ffn_dim=192)
+B, S, P = 2, 40, 40 + train.TEXT
+
+
+def settings_for(folder, **changes) -> train.Preset:
+    about = asdict(train.PRESETS["tiny"]) | changes
+    return train.Preset(**about | {"encoder": folder / "whisper", "llm": folder / "llama"})
+
+
+@pytest.fixture
+def built(tmp_path):
+    """A model in bfloat16 and a batch of B clips, each of S states and P positions."""
+
+    def build(times=1, **changes):
+        settings = settings_for(tmp_path, **changes)
+        if not settings.llm.exists():
+            wider = {"d_model": times * 48, "encoder_ffn_dim": times * 192}
+            toys.whisper_folder(settings.encoder, **WIDE | wider)
+            wider = {"hidden_size": times * 64, "intermediate_size": times * 176}
+            toys.llama_folder(settings.llm, **SIZES | wider | {"head_dim": times * 8})
+        model = LLaST.fresh(train.model_config(settings), torch.bfloat16)
+        model.speech_encoder.recompute = model.llm.recompute = settings.recompute
+        prompt = [1, AUDIO_ID] + [5] * (train.TEXT - train.ANSWER - 1)
+        answer = [7] * train.ANSWER
+        batch = Batch(
+            [torch.sin(torch.arange(320 * S) / 7.0)] * B,
+            torch.tensor([prompt + answer] * B),
+            torch.tensor([[IGNORE] * len(prompt) + answer] * B),
+            torch.tensor([len(prompt) + len(answer)] * B),
+        )
+        return settings, model.train(), batch
+
+    return build
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_activations_are_what_the_backward_pass_keeps(built, dropout, recompute):
+    settings, model, batch = built(dropout=dropout, recompute=recompute, encoder_rank=4, llm_rank=6)
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage  # held, so that no other gets its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(batch).sum()
+    measured = sum(storage.nbytes() for storage in kept.values())
+    W, L = model.speech_encoder.config, model.llm.config
+    planned = train.activation_bytes(settings, W, L, B, S, P)
+    planned -= B * train.ANSWER * 6 * L.vocab_size  # logits: 6 of 10 bytes are soon gone again
+    if dropout:  # a CPU's mask takes two bytes for each input of a LoRA, a GPU's takes one
+        in_encoder = W.encoder_layers * (5 * W.d_model + W.encoder_ffn_dim)
+        in_llm = L.num_hidden_layers * (6 * L.hidden_size + L.intermediate_size)
+        planned += B * (S * in_encoder + P * in_llm)
+    if recompute:  # the layer that is open in the backward pass is not yet there after the forward
+        one = train.activation_bytes(replace(settings, recompute=False), W, L, B, S, P)
+        assert measured < planned < one
+    else:
+        assert loss.isfinite() and measured == pytest.approx(planned, rel=0.1)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_arithmetic_is_what_a_training_step_does(built, recompute):
+    # Wide, so that attention, which the counter leaves out on a CPU, is a small part of it.
+    settings, model, batch = built(times=8, recompute=recompute)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(batch).sum().backward()
+    W, L = model.speech_encoder.config, model.llm.config
+    planned = B * train.example_flops(settings, W, L, S, P)
+    assert counter.get_total_flops() == pytest.approx(planned, rel=0.04)
+
+
+def test_recomputed_gradients_are_the_gradients(built):
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        _, model, batch = built(dropout=0.1, recompute=recompute)
+        chance = torch.Generator().manual_seed(1)
+        for tensor in model.trained().values():
+            tensor.normal_(std=0.1, generator=chance)
+        torch.manual_seed(2)  # the same dropout
+        model(batch).sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    plain, again = found
+    assert plain.keys() == again.keys() and plain
+    for name in plain:
+        assert plain[name].any(), name
+        assert torch.equal(plain[name], again[name]), name
+
+
+@pytest.mark.parametrize("preset", ["tiny", *COUNTS])
+def test_every_preset_is_complete(preset):
+    settings = train.PRESETS[preset]
+    train.parse_directions(settings.lang)
+    assert settings.template in train.TEMPLATES and settings.window in train.WINDOWS
+    assert isinstance(train.model_config(settings), LLaSTConfig)
