@@ -23,7 +23,29 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-Cache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, both (B, Hk, past, Dh)
+
+class Cache:
+    """Keys and values that later positions look back at, of every layer, with room for more.
+
+    A step writes its own behind them in place, so that nothing of what was there is copied.
+    """
+
+    def __init__(self, layers: list[tuple[Tensor, Tensor]]):
+        self.layers = layers  # keys and values, both (B, Hk, room, Dh)
+        self.length = layers[0][0].shape[2]  # positions of the room that are taken
+
+    def reserve(self, n: int):
+        """Make room for n more positions, and for more than that, so as to do it rarely."""
+        room = self.layers[0][0].shape[2]
+        if self.length + n > room:
+            more = max(n, room // 2)
+            self.layers = [
+                (F.pad(k, (0, 0, 0, more)), F.pad(v, (0, 0, 0, more))) for k, v in self.layers
+            ]
+
+    def keep(self, rows: Tensor):
+        """Go on with these rows of the batch, in this order."""
+        self.layers = [(k[rows], v[rows]) for k, v in self.layers]
 
 
 @dataclass(frozen=True)
@@ -121,20 +143,25 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * self.Dh, D, bias=False)
 
     def forward(self, x, cos, sin, past=None, can_attend=None):
-        """past: keys and values of this layer so far, or None. Returns y and both with x added."""
+        """past: keys and values of this layer with room, and how many are taken; or None.
+
+        Returns y, and the keys and values of x.
+        """
         B, T, D = x.shape
         q = self.q_proj(x).view(B, T, -1, self.Dh).transpose(1, 2)  # (B, H, T, Dh)
         k = self.k_proj(x).view(B, T, -1, self.Dh).transpose(1, 2)  # (B, Hk, T, Dh)
         v = self.v_proj(x).view(B, T, -1, self.Dh).transpose(1, 2)  # (B, Hk, T, Dh)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        present = k, v
         if past is not None:
-            k = torch.cat([past[0], k], dim=2)
-            v = torch.cat([past[1], v], dim=2)
+            keys, values, n = past
+            keys[:, :, n : n + T], values[:, :, n : n + T] = present
+            k, v = keys[:, :, : n + T], values[:, :, : n + T]
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=can_attend, is_causal=past is None, enable_gqa=True
         )  # (B, H, T, Dh)
         y = y.transpose(1, 2).reshape(B, T, -1)
-        return self.o_proj(y), (k, v)
+        return self.o_proj(y), present
 
 
 class MLP(nn.Module):
@@ -213,28 +240,36 @@ class Llama(nn.Module):
     ) -> tuple[Tensor, Cache]:
         """Embeddings (B, T, D) -> normed states (B, T, D) and the cache with them added.
 
-        Without a cache: plain causal attention over T. With one: T is 1, `positions` (B, 1) says
-        where each row stands and `can_attend` (B, past + 1) which keys are real (None: all).
+        Without a cache: plain causal attention over T. With one, `positions` (B, T) say where each
+        token stands, and `can_attend` (B, T, past + T) which keys it sees: what was there, then
+        the T tokens themselves. None is all, for a single token.
         """
         B, T, D = x.shape
-        if cache is not None and (T != 1 or positions is None):
-            raise ValueError(f"a cached step takes 1 token with its positions, got {T} tokens")
         if cache is None and can_attend is not None:
             raise ValueError("without a cache attention is causal; pad rows on the right instead")
+        if cache is not None and (positions is None or (can_attend is None and T > 1)):
+            raise ValueError(f"a cached step of {T} tokens needs positions and who sees which")
         if positions is None:
             positions = torch.arange(T, device=x.device)[None]  # (1, T)
         if can_attend is not None:
-            can_attend = can_attend[:, None, None]  # (B, 1, 1, past + 1)
+            can_attend = can_attend[:, None]  # (B, 1, T, past + T)
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
 
+        if cache is not None:
+            cache.reserve(T)
         grown = []
         for i, layer in enumerate(self.model.layers):
+            past = (*cache.layers[i], cache.length) if cache else None
             if self.recompute and torch.is_grad_enabled():
                 x, present = checkpoint(layer, x, cos, sin, use_reentrant=False)
             else:
-                x, present = layer(x, cos, sin, cache[i] if cache else None, can_attend)
+                x, present = layer(x, cos, sin, past, can_attend)
             grown.append(present)
-        return self.model.norm(x), grown
+        if cache is None:
+            cache = Cache(grown)
+        else:
+            cache.length += T
+        return self.model.norm(x), cache
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)"""

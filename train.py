@@ -424,8 +424,7 @@ def refuse_another_run(out: Path, about: dict):
 def train(model: LLaST, batches: Batches, dev: Batches, settings: Preset, out: Path):
     """The whiteboard loop: loss, gradient, step; dev scores and a save after every epoch."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    on_cuda = model.device.type == "cuda"
-    optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0, fused=on_cuda)
+    optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0, fused=True)
     per_epoch = [
         math.ceil(len(batches.groups(e)) / settings.accumulate) for e in range(settings.epochs)
     ]

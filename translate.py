@@ -81,20 +81,18 @@ class Finished:
             self.done |= self.score(best_running, length) <= self.best[-1].score
 
 
-def read_prompts(llm: Llama, prompts: list[Tensor], W: int) -> tuple[Tensor, Cache, Tensor]:
-    """Read each prompt (P, D) once, then give each of its W beams what was read.
+def read_prompts(llm: Llama, prompts: list[Tensor]) -> tuple[Tensor, Cache, Tensor]:
+    """Read each prompt (P, D) once, for all of its beams.
 
-    Beam w of clip b is row b * W + w. Returns the last state of each row (B*W, D), the cache, and
-    which of its keys are real rather than padding (B*W, P).
+    Returns the last state of each clip (B, D), the cache, and which of its keys are real rather
+    than padding (B, P).
     """
     B, device = len(prompts), prompts[0].device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     x = pad_sequence(prompts, batch_first=True)  # (B, P, D)
     is_real = torch.arange(x.shape[1], device=device) < lengths[:, None]  # (B, P)
     hidden, cache = llm.hidden(x)  # (B, P, D)
-    last = hidden[torch.arange(B, device=device), lengths - 1]  # (B, D)
-    cache = [(k.repeat_interleave(W, dim=0), v.repeat_interleave(W, dim=0)) for k, v in cache]
-    return last.repeat_interleave(W, dim=0), cache, is_real.repeat_interleave(W, dim=0)
+    return hidden[torch.arange(B, device=device), lengths - 1], cache, is_real
 
 
 @torch.inference_mode()
@@ -110,52 +108,70 @@ def beam_search(
 
     A step extends every running beam by every token and keeps the best W that go on; an end token
     counts only if it is among the best W itself. At the limit the running beams are ranked too.
+
+    The beams of a clip are W tokens in one row of the LLM. Its cache holds the prompt once, then W
+    keys for each step, and stays as it is when beams change places: only `can_attend`, which says
+    which of those keys are a beam's own past, is put in order.
     """
-    B, W, V = len(prompts), beams, llm.config.vocab_size
+    W, V = beams, llm.config.vocab_size
     device = prompts[0].device
     finished = [Finished(W, length_penalty) for _ in prompts]
-    last, cache, is_real = read_prompts(llm, prompts, W)
-    lengths = is_real.sum(dim=1)  # (B*W,)
+    clips = list(range(len(prompts)))  # the clip of each row; B rows, fewer as clips are done
+    last, cache, is_real = read_prompts(llm, prompts)
+    lengths = is_real.sum(dim=1)  # (B,)
+    can_attend = is_real[:, None].repeat(1, W, 1)  # (B, W, P)
+    last = last[:, None].repeat(1, W, 1)  # (B, W, D)
     # At first all beams of a clip are one and the same, so only the first may be continued.
-    running = torch.tensor([0.0] + [-torch.inf] * (W - 1), device=device).repeat(B, 1)  # (B, W)
-    answers = torch.empty(B * W, 0, dtype=torch.long, device=device)  # (B*W, 0)
-    n_ends = len(eos_ids)
+    running = torch.tensor([0.0] + [-torch.inf] * (W - 1), device=device).repeat(len(clips), 1)
+    answers = torch.empty(len(clips), W, 0, dtype=torch.long, device=device)  # (B, W, 0)
+    ends, n_ends = torch.tensor(eos_ids, device=device), len(eos_ids)
 
     for length in range(1, max_new_tokens + 1):
-        log_probs = llm.logits(last).float().log_softmax(-1).view(B, W, V)  # (B, W, V)
+        log_probs = llm.logits(last).float().log_softmax(-1)  # (B, W, V)
         totals = (running[..., None] + log_probs).flatten(1)  # (B, W*V)
         # W of these go on even if every beam could end in each of the ends.
         best, index = totals.topk(min((n_ends + 1) * W, W * V))  # (B, (n_ends+1)*W)
         beam, token = index // V, index % V
-        is_end = torch.isin(token, torch.tensor(eos_ids, device=device))
+        is_end = torch.isin(token, ends)
 
         for b, i in is_end[:, :W].nonzero().tolist():
-            if best[b, i] > -torch.inf and not finished[b].done:
-                ids = answers[b * W + beam[b, i]].tolist()
-                finished[b].add(ids, best[b, i].item(), length)
+            if best[b, i] > -torch.inf and not finished[clips[b]].done:
+                finished[clips[b]].add(answers[b, beam[b, i]].tolist(), best[b, i].item(), length)
 
         go_on = is_end.to(torch.int8).argsort(dim=1, stable=True)[:, :W]  # still best first
         running = best.masked_fill(is_end, -torch.inf).gather(1, go_on)  # (B, W)
         token, beam = token.gather(1, go_on), beam.gather(1, go_on)
-        for b in range(B):
-            finished[b].check(running[b, 0].item(), length)
-        rows = (beam + W * torch.arange(B, device=device)[:, None]).flatten()  # (B*W,)
-        answers = torch.cat([answers[rows], token.view(-1, 1)], dim=1)  # (B*W, length)
+        for clip, best_running in zip(clips, running[:, 0].tolist(), strict=True):
+            finished[clip].check(best_running, length)
+        answers = torch.cat([of_beams(answers, beam), token[..., None]], dim=2)  # (B, W, length)
+        can_attend = of_beams(can_attend, beam)
         if length == max_new_tokens or all(clip.done for clip in finished):
             break
 
-        cache = [(k[rows], v[rows]) for k, v in cache]
-        is_real = torch.cat([is_real, is_real.new_ones(B * W, 1)], dim=1)  # (B*W, P + length)
-        positions = (lengths + length - 1)[:, None]  # (B*W, 1)
-        hidden, cache = llm.hidden(llm.embed(token.view(-1, 1)), cache, positions, is_real)
-        last = hidden[:, 0]  # (B*W, D)
+        going = [b for b, clip in enumerate(clips) if not finished[clip].done]
+        if 2 * len(going) <= len(clips):  # at half, for to leave is to copy what stays
+            rows = torch.tensor(going, device=device)
+            clips = [clips[b] for b in going]
+            cache.keep(rows)
+            running, answers, token = running[rows], answers[rows], token[rows]
+            can_attend, lengths = can_attend[rows], lengths[rows]
+        B = len(clips)
+        itself = torch.eye(W, dtype=torch.bool, device=device).repeat(B, 1, 1)  # (B, W, W)
+        can_attend = torch.cat([can_attend, itself], dim=2)  # W keys more than the cache has
+        positions = (lengths + length - 1)[:, None].repeat(1, W)  # (B, W)
+        last, cache = llm.hidden(llm.embed(token), cache, positions, can_attend)  # (B, W, D)
 
-    for b, clip in enumerate(finished):
-        if not clip.done:
+    for b, clip in enumerate(clips):
+        if not finished[clip].done:
             for w in range(W):
                 if running[b, w] > -torch.inf:
-                    clip.add(answers[b * W + w].tolist(), running[b, w].item(), length)
+                    finished[clip].add(answers[b, w].tolist(), running[b, w].item(), length)
     return [clip.best for clip in finished]
+
+
+def of_beams(x: Tensor, beam: Tensor) -> Tensor:
+    """What belongs to the beams that go on. x (B, W, n), beam (B, W) -> (B, W, n)"""
+    return x.gather(1, beam[..., None].expand(-1, -1, x.shape[2]))
 
 
 # ---------------------------------------------------------------------------------------- translate

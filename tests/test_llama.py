@@ -118,7 +118,7 @@ def test_embed_hidden_and_logits_compose_to_the_forward_pass(llama):
     hidden, cache = llama.hidden(llama.embed(ids))
     assert hidden.shape == (2, 9, LLAMA["hidden_size"])
     assert torch.equal(llama.logits(hidden), llama(ids))
-    assert [k.shape for k, v in cache] == [(2, 3, 9, 6)] * 2
+    assert [k.shape for k, v in cache.layers] == [(2, 3, 9, 6)] * 2 and cache.length == 9
 
 
 def test_a_token_never_sees_what_follows(llama):
@@ -153,7 +153,7 @@ def test_cached_steps_equal_the_full_pass_for_rows_of_different_lengths(llama):
         # a row goes on where its own prompt ended, though its keys stand behind the padding
         can_attend = torch.cat([can_attend, torch.ones(3, 1, dtype=torch.bool)], dim=1)
         x = llama.embed(answers[:, t : t + 1])
-        hidden, cache = llama.hidden(x, cache, (lengths + t)[:, None], can_attend)
+        hidden, cache = llama.hidden(x, cache, (lengths + t)[:, None], can_attend[:, None])
         steps.append(llama.logits(hidden))
     cached = torch.cat(steps, dim=1)  # (B, 3, V)
 
@@ -162,10 +162,38 @@ def test_cached_steps_equal_the_full_pass_for_rows_of_different_lengths(llama):
         assert_close(cached[row], alone, 1e-5)
 
 
+def test_several_tokens_of_one_step_each_see_their_own_past(llama):
+    """Two answers to one prompt, token by token in one row: as if each had a row of its own."""
+    prompt, answers = [1, 66, 5, 17], torch.tensor([[40, 3, 22], [60, 9, 12]])
+    _, cache = llama.hidden(llama.embed(torch.tensor([prompt])))
+    can_attend = torch.ones(1, 2, len(prompt), dtype=torch.bool)  # (B, W, past)
+    steps = []
+    for t in range(3):
+        can_attend = torch.cat([can_attend, torch.eye(2, dtype=torch.bool)[None]], dim=2)
+        positions = torch.full((1, 2), len(prompt) + t)
+        x = llama.embed(answers[:, t][None])
+        hidden, cache = llama.hidden(x, cache, positions, can_attend)
+        steps.append(llama.logits(hidden)[0])
+    together = torch.stack(steps, dim=1)  # (2, 3, V)
+    for answer, logits in zip(answers, together):
+        alone = llama(torch.tensor([prompt + answer.tolist()]))[0, len(prompt) :]
+        assert_close(logits, alone, 1e-5)
+
+
+def test_a_cache_keeps_the_rows_that_are_asked_for(llama):
+    ids = torch.tensor([[1, 66, 5], [1, 8, 9], [1, 33, 2]])
+    _, cache = llama.hidden(llama.embed(ids))
+    cache.keep(torch.tensor([2, 0]))
+    positions = torch.full((2, 1), 3)
+    hidden, _ = llama.hidden(llama.embed(torch.tensor([[7], [7]])), cache, positions)
+    for row, prompt in zip(hidden, ([1, 33, 2, 7], [1, 66, 5, 7])):
+        assert_close(llama.logits(row)[0], llama(torch.tensor([prompt]))[0, -1], 1e-5)
+
+
 @pytest.mark.parametrize("T, positions", ((2, torch.tensor([[4, 5]])), (1, None)))
-def test_a_cached_step_of_two_tokens_or_without_positions_is_refused(llama, T, positions):
+def test_a_cached_step_that_does_not_say_who_sees_which_is_refused(llama, T, positions):
     _, cache = llama.hidden(llama.embed(torch.tensor([[1, 2, 3, 4]])))
-    with pytest.raises(ValueError, match=f"takes 1 token with its positions, got {T} tokens"):
+    with pytest.raises(ValueError, match=f"a cached step of {T} tokens needs positions"):
         llama.hidden(llama.embed(torch.tensor([[5, 6]])[:, :T]), cache, positions)
 
 
