@@ -65,7 +65,8 @@ def log_mel_spectrogram(audio: Tensor, n_mels: int) -> Tensor:
     """
     window = torch.hann_window(N_FFT, device=audio.device)
     spectrum = torch.stft(audio, N_FFT, HOP, window=window, return_complex=True)
-    power = spectrum[..., :-1].abs() ** 2  # the last frame is half outside the clip
+    spectrum = spectrum[..., :-1]  # the last frame is half outside the clip
+    power = spectrum.real**2 + spectrum.imag**2
     mel = mel_filters(n_mels).to(audio.device) @ power
 
     log = mel.clamp(min=1e-10).log10()
