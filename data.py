@@ -474,10 +474,9 @@ class Example:
 
 @dataclass
 class Batch:
-    """What one training step sees: B rows of ids, padded on the right, and the clips meant."""
+    """What one training step sees: B clips and B rows of ids, padded on the right."""
 
-    audio: list[Tensor]  # waveforms (N,), each of its own length
-    clips: list[int]  # B of them: which waveform a row is on
+    audio: list[Tensor]  # B waveforms (N,), each of its own length
     ids: Tensor  # (B, T)
     labels: Tensor  # (B, T), the id where it is part of the answer, else IGNORE
     lengths: Tensor  # (B,), ids of each row; the rest is padding
@@ -502,27 +501,22 @@ def examples_for(rows: list[Row], asr: float, seed: int, epoch: int) -> list[Exa
     return examples
 
 
-def group(examples: list[Example], size_of, budget: int, seed: int, epoch: int) -> list[list]:
+def group(examples: list, size_of, budget: int, seed: int, epoch: int) -> list[list]:
     """Batches of similar size: rows times the longest row stays within `budget` positions.
 
-    All rows of a clip stay together, for the encoder has to hear it only once then. Sorting happens
-    inside windows of the shuffled order, so that batches differ between epochs.
+    Sorting happens inside windows of the shuffled order, so that batches differ between epochs.
     """
     rng = random.Random(f"batches {seed} {epoch}")
-    of_clip = {}
-    for example in examples:
-        of_clip.setdefault(example.row.path, []).append(example)
-    clips = [(max(map(size_of, rows)), rows) for rows in of_clip.values()]
-    window = 50 * max(1, budget // max(1, max(size for size, _ in clips)))
+    window = 50 * max(1, budget // max(1, max(map(size_of, examples))))
     batches = []
-    for start in range(0, len(clips), window):
+    for start in range(0, len(examples), window):
         batch, longest = [], 0
-        for size, rows in sorted(clips[start : start + window], key=lambda clip: clip[0]):
-            longest = max(longest, size)
-            if batch and longest * (len(batch) + len(rows)) > budget:
+        for example in sorted(examples[start : start + window], key=size_of):
+            longest = max(longest, size_of(example))
+            if batch and longest * (len(batch) + 1) > budget:
                 batches.append(batch)
-                batch, longest = [], size
-            batch.extend(rows)
+                batch, longest = [], size_of(example)
+            batch.append(example)
         batches.append(batch)
     rng.shuffle(batches)
     return batches
@@ -546,10 +540,8 @@ def collate(examples: list[Example], tokenizer, template: str) -> Batch:
     """Load the clips and draw the rows."""
     rows = [answer_row(example, tokenizer, template) for example in examples]
     ids, labels = zip(*rows, strict=True)
-    paths = list(dict.fromkeys(example.row.path for example in examples))
     return Batch(
-        audio=[remembered_audio(path) for path in paths],
-        clips=[paths.index(example.row.path) for example in examples],
+        audio=[remembered_audio(example.row.path) for example in examples],
         ids=pad_sequence([torch.tensor(row) for row in ids], batch_first=True),
         labels=pad_sequence(
             [torch.tensor(row) for row in labels], batch_first=True, padding_value=IGNORE

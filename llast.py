@@ -152,11 +152,10 @@ class LLaST(nn.Module):
         attention is enough, and a row's loss does not depend on the rows beside it.
         """
         rows, labels = [], []
-        speech = self.encode_speech(batch.audio)  # once for each clip, whatever is asked about it
-        for clip, ids, label, n in zip(
-            batch.clips, batch.ids, batch.labels, batch.lengths, strict=True
+        speech = self.encode_speech(batch.audio)
+        for heard, ids, label, n in zip(
+            speech, batch.ids, batch.labels, batch.lengths, strict=True
         ):
-            heard = speech[clip]
             ids, label = ids[:n].to(self.device), label[:n].to(self.device)
             rows.append(self.splice(ids, heard))
             # The answer stands at the end, so in front of it every position is ignored alike.

@@ -357,7 +357,8 @@ def read_all(settings: Preset, clips: int | None) -> dict[str, list[Row]]:
         for reason in unusable[:5]:
             print(f"cannot be used: {reason}")
         if unusable:
-            print(f"{source}-{target}: {len(unusable)} clips cannot be used; the first are above")
+            n = len(unusable)
+            print(f"{source}-{target}: {n} clip{'s'[: n > 1]} cannot be used; the first are above")
         for split, rows in found.items():
             if not rows:
                 where = f"the {source}-{target} corpus in {settings.data}"

@@ -283,7 +283,6 @@ def training_batch(V: int, which: list[int]) -> Batch:
     rows = [row_of(V, i) for i in which]
     return Batch(
         [noise(MIXED[i], i) for i in which],
-        list(range(len(which))),
         torch.tensor([prompt + answer for prompt, answer in rows]),
         torch.tensor([[IGNORE] * PROMPT + answer for _, answer in rows]),
         torch.tensor([PROMPT + ANSWER] * len(rows)),

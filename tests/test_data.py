@@ -602,11 +602,10 @@ def test_a_share_outside_0_to_1_is_refused(asr):
         data.examples_for(ROWS, asr, seed=1, epoch=0)
 
 
-def sized(lengths: list[int], of_a_clip: int = 1) -> list[Example]:
-    """Examples with these sizes in their seconds, so many in turn on one clip."""
+def sized(lengths: list[int]) -> list[Example]:
+    """Examples with these sizes in their seconds."""
     return [
-        Example(Row(Path(f"{i // of_a_clip}.wav"), str(i), "", "fr", "en", n), "st")
-        for i, n in enumerate(lengths)
+        Example(Row(Path(f"{i}.wav"), "", "", "fr", "en", n), "st") for i, n in enumerate(lengths)
     ]
 
 
@@ -629,18 +628,6 @@ def test_batches_hold_every_example_once_and_keep_to_the_budget(budget):
         assert len(batch) == 1 or len(batch) * max(map(size_of, batch)) <= budget
 
 
-def test_all_rows_of_a_clip_are_in_one_batch_within_the_budget():
-    examples = sized(lengths_for(1), of_a_clip=3)
-    random.Random(5).shuffle(examples)
-    batches = data.group(examples, size_of, 300, seed=1, epoch=0)
-    assert sum(map(len, batches)) == len(examples)
-    for batch in batches:
-        clips = {example.row.path for example in batch}
-        mates = [example for example in examples if example.row.path in clips]
-        assert sorted(map(id, mates)) == sorted(map(id, batch))
-        assert len(clips) == 1 or len(batch) * max(map(size_of, batch)) <= 300
-
-
 def test_an_example_larger_than_the_budget_is_alone():
     batches = data.group(sized([500, 3, 3, 3, 700, 3]), size_of, 100, seed=1, epoch=0)
     assert sorted(map(len, batches)) == [1, 1, 4]
@@ -660,16 +647,6 @@ def test_batches_follow_from_seed_and_epoch_alone():
     random.seed(123)
     assert grouped(1, 0) == first
     assert grouped(1, 1) != first and grouped(2, 0) != first
-
-
-def test_rows_on_one_clip_share_its_audio(tmp_path, tokenizer):
-    rows = [
-        Row(write(tmp_path / f"{name}.wav", tone(300, 16000, 0.2)), "un", "one", "fr", "en", 0.2)
-        for name in "ab"
-    ]
-    asked = [(rows[0], "asr"), (rows[1], "st"), (rows[0], "st")]
-    batch = data.collate([Example(*pair) for pair in asked], tokenizer, "llama2")
-    assert len(batch.audio) == 2 and batch.clips == [0, 1, 0]
 
 
 def test_collate_pads_rows_on_the_right_and_keeps_every_clip_at_its_own_length(tmp_path, tokenizer):

@@ -102,7 +102,6 @@ def built(tmp_path):
         answer = [7] * train.ANSWER
         batch = Batch(
             [torch.sin(torch.arange(320 * S) / 7.0)] * B,
-            list(range(B)),
             torch.tensor([prompt + answer] * B),
             torch.tensor([[IGNORE] * len(prompt) + answer] * B),
             torch.tensor([len(prompt) + len(answer)] * B),
