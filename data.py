@@ -80,7 +80,7 @@ def parse_directions(text: str) -> list[tuple[str, str]]:
 def parse_direction(text: str) -> tuple[str, str]:
     """Source and target of "fr" (into English), "fr-en" or "en-zh-CN"; one side is English."""
     if text == "en":
-        raise ValueError("--lang en lacks the language to translate into; name it, as in en-de")
+        raise ValueError("en lacks the language to translate into; name it, as in en-de")
     if text in LANGUAGES or "-" not in text:
         return check_language(text), "en"
     # A code may hold a hyphen itself; where no cut fits, the error is about the likeliest.
@@ -89,7 +89,7 @@ def parse_direction(text: str) -> tuple[str, str]:
     near = [pair for pair in cuts if "en" in pair]
     source, target = map(check_language, (known or near or cuts)[0])
     if (source == "en") == (target == "en"):
-        raise ValueError(f"--lang {text}: one side has to be English, as in CoVoST-2")
+        raise ValueError(f"{text}: one side has to be English, as in CoVoST-2")
     return source, target
 
 
@@ -354,7 +354,7 @@ def read_corpus(root, source: str, target: str) -> tuple[dict[str, list[Row]], l
             have = ", ".join(corpus_languages(root)) or "none"
             raise FileNotFoundError(
                 f"no {source}-{target} corpus in {root}: looked for {need}. "
-                f"Languages with data there: {have}"
+                f"Languages with data there: {have}. --data names another corpus"
             )
     entries, left_out = join_covost(spoken, translated)
     splits, unusable = {split: [] for split in SPLITS}, left_out["path twice"]
@@ -674,7 +674,7 @@ def read_fleurs(args: argparse.Namespace, source: str, tables: list[Path]):
 
 
 def find_table(args: argparse.Namespace, source: str, target: str) -> tuple[Path, list[Path]]:
-    return existing(args.audio, "audio"), [existing(args.table, "table")]
+    return existing(args.audio, "folder --audio"), [existing(args.table, "table --table")]
 
 
 def read_table(args: argparse.Namespace, source: str, tables: list[Path]):

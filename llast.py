@@ -272,7 +272,7 @@ LORAS = {  # folder of a LoRA: its module here, and that module's place in the b
 
 
 def export(model: LLaST, out: Path):
-    """Write what others can load: both LoRAs for peft, the projector, and merged bases.
+    """Write what others can load: both LoRAs for peft, the projector, merged bases, and use.json.
 
     out/whisper and out/llama are Hugging Face folders; out/encoder-lora belongs on transformers'
     WhisperModel, out/llm-lora on its LlamaForCausalLM.
@@ -280,14 +280,14 @@ def export(model: LLaST, out: Path):
     bases = {"whisper": Path(model.config.encoder), "llama": Path(model.config.llm)}
     for base in bases.values():
         if not (base / "config.json").is_file():
-            raise ValueError(
-                f"{base} is not in Hugging Face's layout; a merged copy cannot be, too"
-            )
+            raise ValueError(f"{base} is not in Hugging Face's layout; export knows no other")
     out.mkdir(parents=True)
     for name, (module, place) in LORAS.items():
         if lora_layers(model.get_submodule(module)):
             save_peft(model.get_submodule(module), out / name, place)
     save_file(model.projector.state_dict(), out / "projector.safetensors")
+    how = {name: getattr(model.config, name) for name in ("template", "window", "directions")}
+    (out / "use.json").write_text(json.dumps(how, indent=2) + "\n")
     merge_lora(model)
     merged = {
         place + name: tensor
@@ -344,10 +344,17 @@ def read_original(path: Path) -> dict[str, Tensor]:
 
 def import_trained(args: argparse.Namespace) -> LLaST:
     """A LLaST from what was trained elsewhere, every tensor of it in its place."""
+    how = {"template": "llama2", "window": "30s", "directions": parse_directions("paper")}
     if (args.source / "projector.safetensors").is_file():
         tensors, alphas = read_exported(args.source)
+        how = json.loads((args.source / "use.json").read_text())
+        how["directions"] = parse_directions(",".join(how["directions"]))
     else:
         tensors, alphas = read_original(args.source), {}
+    if args.lang:
+        how["directions"] = parse_directions(args.lang)
+    how["directions"] = tuple("-".join(pair) for pair in how["directions"])
+    how |= {name: getattr(args, name) for name in ("template", "window") if getattr(args, name)}
     shape = {}
     for name, (module, _) in LORAS.items():
         part = name.removesuffix("-lora")
@@ -355,11 +362,7 @@ def import_trained(args: argparse.Namespace) -> LLaST:
         rank = shape[f"{part}_rank"] = len(As[0]) if As else 0
         # The original's files do not hold alpha; in its configurations it is half of the rank.
         shape[f"{part}_alpha"] = alphas.get(module, rank / 2)
-    directions = tuple("-".join(pair) for pair in parse_directions(args.lang))
-    bases = str(args.encoder), str(args.llm)
-    config = LLaSTConfig(
-        *bases, args.template, args.window, dropout=0.0, directions=directions, **shape
-    )
+    config = LLaSTConfig(str(args.encoder), str(args.llm), dropout=0.0, **how, **shape)
     model = LLaST.fresh(config)
     model.fill_trained(tensors, args.source)
     return model
@@ -374,9 +377,12 @@ def build_parser() -> argparse.ArgumentParser:
     back.add_argument("source", type=Path, help="checkpoint of the original, or exported folder")
     back.add_argument("--encoder", type=Path, required=True, help="the Whisper it was trained on")
     back.add_argument("--llm", type=Path, required=True, help="the Llama it was trained on")
-    back.add_argument("--template", choices=TEMPLATES, default="llama2", help="its prompt")
-    back.add_argument("--window", choices=WINDOWS, default="30s", help="what its encoder was given")
-    back.add_argument("--lang", default="paper", help="what it can translate, as fr or fr,en-de")
+    known = "; an exported folder knows"
+    back.add_argument("--template", choices=TEMPLATES, help=f"its prompt [llama2{known}]")
+    back.add_argument("--window", choices=WINDOWS, help=f"what its encoder was given [30s{known}]")
+    back.add_argument("--lang", help=f"what it can translate, as fr or fr,en-de [paper{known}]")
+    out.add_argument("--encoder", type=Path, help="where the encoder is now, if it has moved")
+    out.add_argument("--llm", type=Path, help="where the LLM is now, if it has moved")
     for verb in (out, back):
         verb.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     return parser
@@ -388,7 +394,7 @@ def main() -> int:
         if args.out.exists():
             raise ValueError(f"{args.out} is there already; name another folder with --out")
         if args.verb == "export":
-            export(LLaST.from_pretrained(args.model), args.out)
+            export(LLaST.from_pretrained(args.model, args.encoder, args.llm), args.out)
         else:
             import_trained(args).save_pretrained(args.out)
     except (ValueError, FileNotFoundError) as error:

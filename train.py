@@ -23,6 +23,7 @@ from tqdm import tqdm
 from data import TEMPLATES, Batches, Row, every_nth, parse_directions, read_corpus
 from llama import Llama, LlamaConfig
 from llast import LLaST, LLaSTConfig, pick_device
+from lora import merge_lora
 from translate import describe, metrics, score_rows, translate
 from whisper_encoder import WINDOWS, WhisperConfig, WhisperEncoder
 
@@ -46,7 +47,7 @@ class Preset:
     llm_alpha: float
     dropout: float
     asr: float  # share of clips that are also transcribed
-    en_step: int  # of the clips in English every so-manieth is translated
+    en_step: int  # of the clips in English every n-th is translated
     lr: float  # peak
     schedule: str
     warmup: float  # share of all steps
@@ -73,8 +74,8 @@ PRESETS = {
     "tiny": Preset(
         encoder=TINY / "whisper", llm=TINY / "llama", data=TINY / "corpus", lang="fr",
         template="llama2", window="clip", encoder_rank=16, encoder_alpha=32, llm_rank=16,
-        llm_alpha=32, dropout=0.0, asr=0.0, en_step=1, lr=1e-3, schedule="linear", warmup=0.05,
-        batch=1100, accumulate=1, recompute=False, epochs=5, beams=5,
+        llm_alpha=32, dropout=0.0, asr=0.5, en_step=1, lr=1e-3, schedule="linear", warmup=0.05,
+        batch=1100, accumulate=1, recompute=False, epochs=4, beams=5,
     ),
     "llast-2b": Preset(
         llm=WEIGHTS / "TinyLlama-1.1B-Chat-v1.0", template="tinyllama", **PAPER
@@ -101,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--window", choices=WINDOWS, help="audio given to the encoder: padded to 30 s, or the clip")
     add("--trim", dest="window", action="store_const", const="clip", help="same as --window clip")
     add("--asr", type=float, help="share of clips that are also transcribed, 0 to 1")
-    add("--en-step", type=int, help="translate every so-manieth clip in English only")
+    add("--en-step", type=int, help="of the clips in English translate every n-th")
     add("--clips", type=int, help="train on the first so many clips of each direction")
     add("--epochs", type=int, help="passes over all clips")
     add("--lr", type=float, help="peak learning rate")
@@ -251,11 +252,10 @@ def print_plan(settings: Preset):
     W, L = geometry(settings.encoder, WhisperConfig), geometry(settings.llm, LlamaConfig)
     with torch.device("meta"):
         model = LLaST(model_config(settings), WhisperEncoder(W), Llama(L), tokenizer=None)
+    rows, seconds = mix(settings)
     print_parts(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
-
-    rows, seconds = mix(settings)
     heard = math.ceil(50 * seconds)
     P, S = heard + TEXT, W.max_source_positions if settings.window == "30s" else heard
     B = max(1, settings.batch // P)
@@ -406,20 +406,15 @@ def show_samples(model: LLaST, rows: list[Row]):
 # ---------------------------------------------------------------------------------------- the run
 
 
-def refuse_another_run(out: Path, about: dict):
-    """The same command may run again; a folder made with other settings is not touched."""
-    file = out / "run.json"
-    if file.is_file():
-        before = json.loads(file.read_text())
-        other = [k for k in about if before.get(k) != about[k]]
-        if other:
-            changes = "; ".join(f"{k}: {before.get(k)} there, {about[k]} now" for k in other)
-            raise ValueError(
-                f"{out} holds a run with other settings ({changes}). "
-                f"Name another folder with --out, or remove this one"
-            )
-    elif out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} exists and is no run of this program; name another with --out")
+def refuse_what_is_there(out: Path):
+    """A model is never written over, nor put among files that are not a run's."""
+    if (out / "llast.json").is_file():
+        what = "holds a trained model"
+    elif out.is_file() or out.exists() and any(out.iterdir()) and not (out / "run.json").is_file():
+        what = "exists and is no run of this program"
+    else:
+        return
+    raise ValueError(f"{out} {what}; name another folder with --out, or remove it")
 
 
 def train(model: LLaST, batches: Batches, dev: Batches, settings: Preset, out: Path):
@@ -439,7 +434,8 @@ def train(model: LLaST, batches: Batches, dev: Batches, settings: Preset, out: P
         return min((step + 1) / warmup, left)
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
-    bar = tqdm(total=steps, unit="step", dynamic_ncols=True)
+    bar = tqdm(total=steps, unit="step", dynamic_ncols=True, disable=None)  # on a terminal only
+    done = 0  # steps
     for epoch in range(settings.epochs):
         model.train()
         groups = batches.groups(epoch)
@@ -463,11 +459,12 @@ def train(model: LLaST, batches: Batches, dev: Batches, settings: Preset, out: P
             clips = sum(len(batch.audio) for batch in loaded)
             speed = clips / (time.perf_counter() - began)
             bar.update()
+            done += 1
             bar.set_postfix_str(f"loss {total:.3f}, lr {lr:.1e}, {speed:.0f} clips/s")
-            line = {"step": bar.n, "epoch": epoch + 1, "loss": round(total, 5), "lr": lr}
+            line = {"step": done, "epoch": epoch + 1, "loss": round(total, 5), "lr": lr}
             log(out, line | {"grad_norm": round(grad_norm, 4), "clips_per_second": round(speed, 1)})
         model.save_pretrained(out)
-        line = {"step": bar.n, "epoch": epoch + 1, "dev_loss": round(dev_loss(model, dev), 4)}
+        line = {"step": done, "epoch": epoch + 1, "dev_loss": round(dev_loss(model, dev), 4)}
         for direction, rows in by_direction(dev.rows).items():
             line[f"dev_bleu {direction}"] = score_rows(model, rows, beams=1)["bleu"]
         log(out, line)
@@ -485,6 +482,7 @@ def log(out: Path, line: dict):
 def finish(model: LLaST, rows: list[Row], settings: Preset, out: Path, began: float):
     """Test scores of every direction, written and printed, and how to use the model."""
     results = {}
+    merge_lora(model)  # it is saved, and from here on only translates
     for direction, here in by_direction(rows).items():
         scores = score_rows(model, here, out / f"test.{direction}.tsv", beams=settings.beams)
         results[direction] = scores
@@ -506,16 +504,22 @@ def print_command(rows: list[Row], out: Path):
 def run(args: argparse.Namespace) -> int:
     began = time.time()
     settings = with_flags(PRESETS[args.preset], args)
+    for name in ("epochs", "batch", "accumulate", "en_step", "clips"):
+        value = args.clips if name == "clips" else getattr(settings, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; 1 is the least")
+    if not 0 < settings.lr < math.inf:
+        raise ValueError(f"--lr is {settings.lr}; it has to be a number above 0")
     if args.plan:
         print_plan(settings)
         return 0
     out = args.out or HERE / "runs" / settings.lang.replace(",", "-")
+    refuse_what_is_there(out)
     for base in (settings.encoder, settings.llm):
         if base.name in PUBLIC and not base.exists():
             raise FileNotFoundError(f"{short(base)} is not there; get it with\n    {fetch(base)}")
     about = {"preset": args.preset, "clips": args.clips, "seed": args.seed} | asdict(settings)
     about = {k: str(v) if isinstance(v, Path) else v for k, v in about.items()}
-    refuse_another_run(out, about)
     torch.manual_seed(args.seed)
     device, dtype, reason = pick_device()
     print(f"device      {reason}")
@@ -555,6 +559,9 @@ def main() -> int:
     args = build_parser().parse_args()
     try:
         return run(args)
+    except KeyboardInterrupt:
+        print("\nstopped before the training began", file=sys.stderr)
+        return 130
     except (ValueError, FileNotFoundError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2

@@ -204,7 +204,7 @@ def waveforms(
         except AudioError as error:
             results[i].error = str(error)
     order = sorted(seconds, key=seconds.get)  # similar lengths waste little padding
-    for i in tqdm(order, "translating", unit="clip", disable=not progress):
+    for i in tqdm(order, "translating", unit="clip", disable=None if progress else True):
         try:
             audio = load_audio(paths[i])
         except AudioError as error:
@@ -457,6 +457,8 @@ def audio_paths(arguments: list[str]) -> list[Path]:
                 raise FileNotFoundError(f"{argument} holds no {', '.join(AUDIO_FILES)} file")
             paths += inside
         elif argument.suffix == ".txt":
+            if not argument.is_file():
+                raise FileNotFoundError(f"{argument}: no such file")
             lines = argument.read_text(encoding="utf-8-sig").splitlines()
             paths += [argument.parent / line.strip() for line in lines if line.strip()]
         else:
@@ -487,22 +489,31 @@ def choose_direction(
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Translate or transcribe speech with a trained LLaST.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("audio", nargs="*", help="audio files, folders of them, or .txt files with a path a line")
     add("--model", type=Path, help="folder that train.py wrote; without it the newest in runs/")
     add("--lang", help="language spoken, or direction as en-de, if the model knows several")
-    add("--task", choices=("st", "asr"), default="st", help="st translates, asr transcribes")
-    add("--beams", type=int, default=5, help="beams; 1 is greedy search")
-    add("--length-penalty", type=float, default=1.0, help="above 1 favours longer answers")
-    add("--max-new-tokens", type=int, default=256, help="longest answer, in tokens")
-    add("--n-best", type=int, default=1, help="answers to print, scored; 1 of a clip over 30 s")
-    add("--batch", type=int, default=16, help="clips translated at once")
+    add(
+        "--task",
+        choices=("st", "asr"),
+        default="st",
+        help="st translates [default], asr transcribes",
+    )
+    add("--beams", type=int, default=5, help="beams [5]; 1 is greedy search")
+    add("--length-penalty", type=float, default=1.0, help="above 1 favours longer answers [1]")
+    add("--max-new-tokens", type=int, default=256, help="longest answer, in tokens [256]")
+    add("--n-best", type=int, default=1, help="answers to print, scored [1]")
+    add("--batch", type=int, default=16, help="clips translated at once [16]")
     add("--json", action="store_true", help="one JSON object a clip, or a direction with --test")
     add("--test", metavar="LANGS", help="score the test sets of these directions, as fr,de,en-ja")
     add("--published", action="store_true", help="print published scores beside those of --test")
-    add("--data", type=Path, default=HERE / "tiny" / "corpus", help="corpus that --test reads")
+    add(
+        "--data",
+        type=Path,
+        default=HERE / "tiny" / "corpus",
+        help="corpus that --test reads [the embedded one]",
+    )
     add("--encoder", type=Path, help="where the encoder's folder is now, if it has moved")
     add("--llm", type=Path, help="where the LLM's folder is now, if it has moved")
     return parser
@@ -535,7 +546,7 @@ def run_tests(model: LLaST, args: argparse.Namespace, folder: Path, how: dict) -
         tests[name] = rows
     scores = {}
     for name, rows in tests.items():
-        tsv = folder / f"{'asr' if args.task == 'asr' else 'test'}.{name}.tsv"
+        tsv = folder / f"scored.{args.task}.{name}.tsv"  # test.*.tsv is that of the training
         found = scores[name] = score_rows(model, rows, tsv, args.task, progress=True, **how)
         print(f"every clip with its reference and its hypothesis: {tsv}", file=sys.stderr)
         if args.json:
@@ -559,7 +570,7 @@ def check(args: argparse.Namespace):
     if args.n_best > args.beams:
         raise ValueError(f"--n-best {args.n_best} wants that many beams; --beams is {args.beams}")
     if args.published and (args.task == "asr" or not args.test):
-        raise ValueError("--published is BLEU beside that of --test; there is none for --task asr")
+        raise ValueError("--published stands beside the BLEU of --test, so not beside --task asr")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -580,7 +591,8 @@ def run(args: argparse.Namespace) -> int:
     if args.audio:
         paths = audio_paths(args.audio)
         source, target = choose_direction(model, args.lang, folder, args.task)
-        results = translate(model, paths, args.task, source, target, n_best=args.n_best, **how)
+        how |= {"n_best": args.n_best, "progress": len(paths) > args.batch}
+        results = translate(model, paths, args.task, source, target, **how)
         for result in results:
             show(result, args)
         failed += sum(result.error is not None for result in results)
@@ -591,6 +603,8 @@ def main() -> int:
     args = build_parser().parse_args()
     try:
         return run(args)
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, FileNotFoundError) as error:
         print(f"translate.py: {error}", file=sys.stderr)
         return 2

@@ -220,7 +220,7 @@ def test_all_is_covost_and_paper_is_what_the_paper_trains_on():
     ("typed", "message"),
     [
         ("en", "name it, as in en-de"),
-        ("fr-de", "--lang fr-de: one side has to be English"),
+        ("fr-de", "fr-de: one side has to be English"),
         ("zh-CN-de", "one side has to be English"),
         ("en-en", "one side has to be English"),
         ("zh", "did you mean 'zh-CN'"),

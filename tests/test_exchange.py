@@ -149,11 +149,8 @@ def test_exported_and_imported_again_nothing_has_changed(bases, monkeypatch, cap
     model = trained_model(bases)
     model.save_pretrained(bases / "run")
     assert command(monkeypatch, "export", bases / "run", "--out", bases / "out") == 0
-    assert (
-        "encoder-lora, llama, llm-lora, projector.safetensors, whisper" in capsys.readouterr().out
-    )
+    assert "llama, llm-lora, projector.safetensors, use.json, whisper" in capsys.readouterr().out
     words = ["import", bases / "out", "--encoder", bases / "whisper", "--llm", bases / "llama"]
-    words += ["--template", "tinyllama", "--window", "clip", "--lang", "fr,en-zh-CN"]
     assert command(monkeypatch, *words, "--out", bases / "back") == 0
     back = LLaST.from_pretrained(bases / "back")
     assert back.config == model.config

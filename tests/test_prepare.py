@@ -496,7 +496,7 @@ def test_what_is_missing_is_named_before_any_work(common_voice, capsys):
     assert "no audio: looked for" in refused(capsys, *fleurs)
     nowhere = ("table", "--table", "x", "--audio", common_voice)
     more = ("--lang", "fr", "--out", common_voice / "out")
-    assert "no table: looked for x" in refused(capsys, *nowhere, *more)
+    assert "no table --table: looked for x" in refused(capsys, *nowhere, *more)
     assert "a table is prepared one direction" in refused(
         capsys, *table_flags(common_voice)[:6], "fr,de", "--out", common_voice / "out"
     )

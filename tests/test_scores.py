@@ -243,7 +243,7 @@ def test_one_direction_is_one_line(command, tmp_path):
     assert lines[0].startswith(
         "fr-en on 3 clips: BLEU 100.0, lower-cased 100.0, chrF 100.0  (nrefs"
     )
-    assert str(tmp_path / "test.fr-en.tsv") in err
+    assert str(tmp_path / "scored.st.fr-en.tsv") in err
 
 
 def test_several_directions_are_a_table_with_their_average(command, tmp_path):
@@ -261,7 +261,7 @@ def test_several_directions_are_a_table_with_their_average(command, tmp_path):
     assert signature.startswith("fr-en, de-en: nrefs:1|case:mixed|eff:no|tok:13a")
     assert ",  chrF nrefs:1" in signature
     for name in ("fr-en", "de-en"):
-        assert len(read_table(tmp_path / f"test.{name}.tsv")) == 4
+        assert len(read_table(tmp_path / f"scored.st.{name}.tsv")) == 4
 
 
 def test_signatures_that_differ_are_told_apart(command):
@@ -277,7 +277,7 @@ def test_error_rates_of_several_languages_are_a_table_too(command, says, tmp_pat
     assert lines[2].split() == ["en", "3", "0", "0.0", "0.0"]
     assert [call[:2] for call in says.calls] == [("asr", "de"), ("asr", "en")]
     assert lines[3].startswith("average of 2") and lines[4].startswith("de, en: case:mixed|punct")
-    assert read_table(tmp_path / "asr.en.tsv")[1][:3] == ["en0.mp3", "dit en 0", "dit en 0"]
+    assert read_table(tmp_path / "scored.asr.en.tsv")[1][:3] == ["en0.mp3", "dit en 0", "dit en 0"]
 
 
 def test_json_is_an_object_for_each_direction(command):

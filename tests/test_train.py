@@ -98,15 +98,16 @@ def test_the_loss_falls(monkeypatch, corpus, tmp_path):
     assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
 
 
-def test_a_folder_with_another_configuration_is_refused_and_left_alone(
+def test_a_folder_with_a_model_or_with_other_files_is_refused_and_left_alone(
     monkeypatch, corpus, tmp_path, capsys
 ):
     out = tmp_path / "run"
     assert run(monkeypatch, *flags_for(corpus, out)) == 0
-    before = (out / "llast.safetensors").read_bytes()
-    assert run(monkeypatch, *flags_for(corpus, out, "--lr", 0.5)) == 2
-    assert "lr: 0.001 there, 0.5 now" in capsys.readouterr().err
-    assert (out / "llast.safetensors").read_bytes() == before
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    for more in ((), ("--lr", 0.5)):
+        assert run(monkeypatch, *flags_for(corpus, out, *more)) == 2
+        assert "holds a trained model; name another folder" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
 
     other = tmp_path / "letters"
     other.mkdir()
@@ -124,6 +125,11 @@ def test_a_folder_with_another_configuration_is_refused_and_left_alone(
         (("--asr", "2"), "from 0 (none) to 1"),
         (("--preset", "llast-8b"), "get it with\n    hf download openai/whisper-large-v2"),
         (("--encoder", "/nowhere"), "/nowhere is no Whisper"),
+        (("--epochs", "0"), "--epochs is 0; 1 is the least"),
+        (("--accumulate", "0"), "--accumulate is 0; 1 is the least"),
+        (("--clips", "-5"), "--clips is -5; 1 is the least"),
+        (("--lr", "nan"), "--lr is nan; it has to be a number above 0"),
+        (("--out", __file__), "is no run of this program"),
     ],
 )
 def test_what_cannot_be_done_is_said(monkeypatch, tmp_path, capsys, flags, message):

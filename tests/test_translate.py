@@ -457,10 +457,10 @@ def test_test_scores_the_test_set_and_writes_every_clip(command, quick, made, cl
     (folder / "covost_v2.fr_en.tsv").write_text(table)
     code, lines, _ = command(*quick, "--test", "fr", "--data", tmp_path)
     assert code == 0 and lines[0].startswith("fr-en on 2 clips: BLEU ")
-    assert len((made / "trained" / "test.fr-en.tsv").read_text().splitlines()) == 3
+    assert len((made / "trained" / "scored.st.fr-en.tsv").read_text().splitlines()) == 3
     code, lines, _ = command(*quick, "--test", "fr", "--task", "asr", "--data", tmp_path)
     assert code == 0 and lines[0].startswith("fr on 2 clips: WER ")
-    assert "\tdeux\t" in (made / "trained" / "asr.fr.tsv").read_text()
+    assert "\tdeux\t" in (made / "trained" / "scored.asr.fr.tsv").read_text()
 
 
 def test_json_of_a_long_clip_says_when_each_piece_is_heard(command, quick, long_clip):
@@ -546,8 +546,8 @@ def test_mistakes_are_answered_with_what_to_do_and_exit_code_2(command, quick, c
         ([*quick, "--test", "fr", "--data", clips], "no fr-en corpus"),
         ([*quick, "--test", "fr,de", "--data", clips], "no fr-en corpus"),
         ([*quick, "--test", "de"], "was not trained on 'de-en'; it knows fr-en"),
-        ([*quick, "--published", clip], "--published is BLEU beside that of --test"),
-        ([*quick, "--published", "--test", "fr", "--task", "asr"], "none for --task asr"),
+        ([*quick, "--published", clip], "--published stands beside the BLEU of --test"),
+        ([*quick, "--published", "--test", "fr", "--task", "asr"], "so not beside --task asr"),
         ([*quick, made / "trained"], "holds no .wav"),
         ([*quick, made / "list.txt"], "list.txt"),
     ):

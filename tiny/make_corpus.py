@@ -6,6 +6,7 @@ The dev and test sentences are drawn first; no sentence of theirs, in any of the
 in the training part, nor in any text or speech that make_llm.py and make_encoder.py draw.
 """
 
+import argparse
 import csv
 import random
 import shutil
@@ -92,5 +93,6 @@ def make_language(language: str):
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()  # -h starts nothing
     for language in SIZES:
         make_language(language)

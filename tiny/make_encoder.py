@@ -7,6 +7,7 @@ of the LLM's vocabulary; the layer that wrote them is then thrown away. Voices a
 embedded corpus's dev and test parts are not in it.
 """
 
+import argparse
 import io
 import json
 import random
@@ -214,4 +215,5 @@ def main():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()  # -h starts nothing
     main()

@@ -6,6 +6,7 @@ It plays the part of Llama-2-chat: it follows the two instructions of data.promp
 text where LLaST will put speech. It never sees audio, nor a dev or test sentence.
 """
 
+import argparse
 import io
 import json
 import random
@@ -209,4 +210,5 @@ def main():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()  # -h starts nothing
     main()
