@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import AUDIO_ID, IGNORE, TEMPLATES, Batch, end_id, parse_directions
 from llama import Llama, Tokenizer, must_match, stored_tensors, weight_files
-from lora import add_lora, lora_layers, merge_lora, read_peft, save_peft
+from lora import LoRALinear, add_lora, lora_layers, merge_lora, read_peft, save_peft
 from whisper_encoder import WINDOWS, WhisperEncoder, clip_to_mel, n_states
 
 # Every linear layer of both bases except the LLM's head, as the original's
@@ -290,9 +290,10 @@ def export(model: LLaST, out: Path):
     (out / "use.json").write_text(json.dumps(how, indent=2) + "\n")
     merge_lora(model)
     merged = {
-        place + name: tensor
+        f"{place}{name}.weight": layer.weight
         for module, place in LORAS.values()
-        for name, tensor in merged_weights(model.get_submodule(module)).items()
+        for name, layer in model.get_submodule(module).named_modules()
+        if isinstance(layer, LoRALinear)
     }
     for name, base in bases.items():
         (out / name).mkdir()
@@ -301,14 +302,12 @@ def export(model: LLaST, out: Path):
                 shutil.copy(file, out / name)
         tensors = {}
         for key, tensor in chain.from_iterable(map(stored_tensors, weight_files(base))):
-            new = merged.get(key, merged.get(key.removeprefix("model."), tensor))
-            tensors[key] = new.to(tensor.dtype).contiguous()
+            # Whisper files may have `model.` in front; each stays in the precision it came in.
+            known = key if key in merged else key.removeprefix("model.")
+            tensors[key] = merged.pop(known, tensor).to(tensor.dtype).contiguous()
         save_file(tensors, out / name / "model.safetensors", {"format": "pt"})
-
-
-def merged_weights(base: nn.Module) -> dict[str, Tensor]:
-    """The weights of a base whose LoRA is merged, without the LoRA's own."""
-    return {k: v for k, v in base.state_dict().items() if not k.endswith(("lora_A", "lora_B"))}
+    if merged:
+        raise ValueError(f"merged weights that the bases' files do not have: {sorted(merged)[:8]}")
 
 
 def read_exported(folder: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -344,17 +343,16 @@ def read_original(path: Path) -> dict[str, Tensor]:
 
 def import_trained(args: argparse.Namespace) -> LLaST:
     """A LLaST from what was trained elsewhere, every tensor of it in its place."""
-    how = {"template": "llama2", "window": "30s", "directions": parse_directions("paper")}
     if (args.source / "projector.safetensors").is_file():
         tensors, alphas = read_exported(args.source)
         how = json.loads((args.source / "use.json").read_text())
-        how["directions"] = parse_directions(",".join(how["directions"]))
     else:
         tensors, alphas = read_original(args.source), {}
-    if args.lang:
-        how["directions"] = parse_directions(args.lang)
-    how["directions"] = tuple("-".join(pair) for pair in how["directions"])
-    how |= {name: getattr(args, name) for name in ("template", "window") if getattr(args, name)}
+        how = {"template": "llama2", "window": "30s", "directions": ["paper"]}
+    asked = {"template": args.template, "window": args.window}
+    how |= {name: value for name, value in asked.items() if value}
+    directions = parse_directions(args.lang or ",".join(how["directions"]))
+    how["directions"] = tuple("-".join(pair) for pair in directions)
     shape = {}
     for name, (module, _) in LORAS.items():
         part = name.removesuffix("-lora")

@@ -562,6 +562,10 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nstopped before the training began", file=sys.stderr)
         return 130
+    except torch.OutOfMemoryError as error:
+        less = "a smaller --batch with a larger --accumulate, --recompute or --trim need less"
+        print(f"train.py: out of memory in training; {less}: {error}", file=sys.stderr)
+        return 2
     except (ValueError, FileNotFoundError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2

@@ -247,7 +247,8 @@ def translate(
     """Translate (task "st") or transcribe ("asr") audio files of any length, in the order given.
 
     A clip that cannot be used gets an `error` and an empty text; the others are not touched by it.
-    Of a clip over 30 s only the best answer is kept, joined from those of its pieces.
+    Of a clip over 30 s only the best answer is kept, joined from those of its pieces. A batch that
+    does not fit into memory is done in halves, with the same result.
     """
     prompt = prompt_for(task, source, target, model.config.template)
     ids = torch.tensor(prompt_ids(prompt, model.tokenizer)).to(model.device)
@@ -256,12 +257,22 @@ def translate(
     pieces = defaultdict(list)  # of each clip, in order: first sample, last + 1, answers
     was_training = model.training
     model.eval()
+
+    @torch.inference_mode()
+    def answers_to(audio: list[Tensor]) -> list[list[Hypothesis]]:
+        try:
+            prompts = [model.splice(ids, states) for states in model.encode_speech(audio)]
+            how = beams, length_penalty, max_new_tokens
+            return beam_search(model.llm, prompts, sorted(ends), *how)
+        except torch.OutOfMemoryError:
+            if len(audio) == 1:
+                raise
+        half = len(audio) // 2  # out here the error no longer holds what was allocated
+        return answers_to(audio[:half]) + answers_to(audio[half:])
+
     heard = waveforms(paths, results, progress)
     while batch := list(islice(heard, batch_size)):
-        with torch.inference_mode():
-            speech = model.encode_speech([audio for *_, audio in batch])
-            prompts = [model.splice(ids, states) for states in speech]
-        found = beam_search(model.llm, prompts, sorted(ends), beams, length_penalty, max_new_tokens)
+        found = answers_to([audio for *_, audio in batch])
         for (i, start, end, _), hypotheses in zip(batch, found, strict=True):
             texts = [(model.tokenizer.decode(h.ids), round(h.score, 4)) for h in hypotheses]
             pieces[i].append((start, end, [{"text": t, "score": s} for t, s in texts]))
@@ -605,6 +616,10 @@ def main() -> int:
         return run(args)
     except KeyboardInterrupt:
         return 130
+    except torch.OutOfMemoryError as error:
+        less = "fewer --beams or --max-new-tokens need less"
+        print(f"translate.py: out of memory with a single clip; {less}: {error}", file=sys.stderr)
+        return 2
     except (ValueError, FileNotFoundError) as error:
         print(f"translate.py: {error}", file=sys.stderr)
         return 2

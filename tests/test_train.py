@@ -154,6 +154,16 @@ def test_a_clip_that_breaks_after_the_start_is_left_out_and_named(
     assert f"{broken}: the disk lost it" in capsys.readouterr().out
 
 
+def test_out_of_memory_names_the_flags_that_help(monkeypatch, corpus, tmp_path, capsys):
+    def too_much(model, batch):
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    monkeypatch.setattr(LLaST, "forward", too_much)
+    assert run(monkeypatch, *flags_for(corpus, tmp_path / "run")) == 2
+    told = capsys.readouterr().err
+    assert "--batch" in told and "--recompute" in told and "80 GiB" in told
+
+
 def test_ctrl_c_leaves_a_model_that_works(corpus, tmp_path):
     out = tmp_path / "run"
     flags = map(str, ("--data", corpus, "--out", out, "--epochs", 500))

@@ -245,6 +245,29 @@ def test_a_batch_of_clips_is_translated_as_each_alone_and_in_order(model, clips,
     assert_same(together, [translate.translate(model, [path], **HOW)[0] for path in paths])
 
 
+def test_a_batch_too_large_for_memory_is_halved_with_the_same_result(model, clips, monkeypatch):
+    paths, sizes = good(clips) * 2, []
+    expected = translate.translate(model, paths, **HOW)
+    search = translate.beam_search
+
+    def little_memory(llm, prompts, *how):
+        sizes.append(len(prompts))
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return search(llm, prompts, *how)
+
+    monkeypatch.setattr(translate, "beam_search", little_memory)
+    assert_same(translate.translate(model, paths, **HOW), expected)
+    assert sizes[0] == len(paths) and max(size for size in sizes if size <= 2) == 2
+
+    def no_memory(llm, prompts, *how):
+        raise torch.OutOfMemoryError("no room for one")
+
+    monkeypatch.setattr(translate, "beam_search", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        translate.translate(model, paths, **HOW)
+
+
 def test_clips_that_cannot_be_used_get_an_error_and_leave_the_others_alone(model, clips):
     paths = good(clips)
     bad = [clips / name for name in BAD]
