@@ -501,6 +501,25 @@ def main():
              "times": args.times}  # fmt: skip
     lines = [r.__dict__ | {"ratio": round(r.ratio, 3)} for r in results]
     args.json.write_text(json.dumps(about | {"results": lines}, indent=2) + "\n")
+    write_table(results, about)
+
+
+def write_table(results: list[Result], about: dict):
+    """Put the results into README.md, below what stands there for good."""
+    page = Path(__file__).parent / "README.md"
+    above, mark, _ = page.read_text().partition("<!-- results -->\n")
+    rows = [
+        f"{about['date']}, {about['device']}, torch {about['torch']}, transformers "
+        f"{about['transformers']}, peft {about['peft']}, median of {about['times']}:\n",
+        "| size | case | ours, ms | peer, ms | peer : ours | spread | peak MB, ours : peer |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in results:
+        rows.append(
+            f"| {r.size} | {r.case} | {1e3 * r.ours:,.1f} | {1e3 * r.peer:,.1f} | {r.ratio:.2f} "
+            f"| {r.spread:.0%} | {r.ours_memory / 1e6:,.0f} : {r.peer_memory / 1e6:,.0f} |"
+        )
+    page.write_text(above + mark + "\n".join(rows) + "\n")
 
 
 if __name__ == "__main__":
