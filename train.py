@@ -292,8 +292,8 @@ def print_plan(settings: Preset):
     for base in (settings.encoder, settings.llm):
         how = fetch(base) if base.name in PUBLIC else "it is part of this project"
         print(f"    {short(base):34}{'(is there)' if base.exists() else how}")
-    langs = ",".join("-".join(pair) for pair in parse_directions(settings.lang))
-    how = f"python data.py prepare covost2 --lang {langs} --out {short(settings.data)} ..."
+    how = "python data.py prepare covost2 --common-voice CV --covost COVOST"
+    how += f" --lang {settings.lang} --out {short(settings.data)}"
     print(f"    {short(settings.data):34}{'(is there)' if settings.data.exists() else how}")
 
 

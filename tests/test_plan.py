@@ -49,7 +49,7 @@ def test_the_plan_says_what_to_fetch_and_how(monkeypatch, capsys):
     out = planned(monkeypatch, capsys, "--preset", "llast-8b")
     assert "hf download openai/whisper-large-v2 config.json model.safetensors --local-dir" in out
     assert "hf download NousResearch/Llama-2-7b-chat-hf --exclude '*.bin' --local-dir" in out
-    assert "python data.py prepare covost2 --lang fr-en" in out
+    assert "prepare covost2 --common-voice CV --covost COVOST --lang paper --out" in out
 
 
 @pytest.mark.parametrize("preset", COUNTS)
