@@ -1,6 +1,7 @@
 """What the words say is true: shape comments, the README's table, its breakpoints, its commands."""
 
 import ast
+import inspect
 import re
 import shlex
 import sys
@@ -11,11 +12,13 @@ import soundfile
 import torch
 
 import data
+import llama
 import llast
 import lora
 import toys
 import train
 import translate
+import whisper_encoder
 from llast import LLaST, LLaSTConfig
 from shapes import Checker, claims
 from whisper_encoder import mel_filters
@@ -47,6 +50,13 @@ def test_imports_point_one_way_and_name_no_other_package(name):
     found = imports_of(ROOT / f"{name}.py")
     assert found & set(FILES) <= MAY_IMPORT[name]
     assert found - set(FILES) - set(sys.stdlib_module_names) <= PACKAGES
+
+
+@pytest.mark.parametrize("name", ["weight_files", "stored_tensors", "must_match"])
+def test_what_stands_in_two_files_is_the_same_in_both(name):
+    """whisper_encoder.py and llama.py may not import each other."""
+    ours, theirs = (inspect.getsource(getattr(module, name)) for module in (whisper_encoder, llama))
+    assert ours == theirs
 
 
 def test_requirements_are_the_fixed_packages_with_exact_versions():
