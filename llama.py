@@ -43,7 +43,7 @@ class Cache:
                 (F.pad(k, (0, 0, 0, more)), F.pad(v, (0, 0, 0, more))) for k, v in self.layers
             ]
 
-    def keep(self, rows: Tensor):
+    def keep(self, rows: list[int]):
         """Go on with these rows of the batch, in this order."""
         self.layers = [(k[rows], v[rows]) for k, v in self.layers]
 

@@ -75,6 +75,13 @@ class Finished:
         self.best.sort(key=lambda hypothesis: -hypothesis.score)
         del self.best[self.W :]
 
+    def add_running(self, answers: Tensor, log_probs: Tensor):
+        """At the length limit the running beams are answers too. answers (W, T), log_probs (W,)"""
+        if not self.done:
+            for ids, log_prob in zip(answers.tolist(), log_probs.tolist(), strict=True):
+                if log_prob > -torch.inf:
+                    self.add(ids, log_prob, len(ids))
+
     def check(self, best_running: float, length: int):
         """Done when all places are taken and no running beam, were it to end now, would get one."""
         if len(self.best) == self.W:
@@ -110,13 +117,11 @@ def beam_search(
     counts only if it is among the best W itself. At the limit the running beams are ranked too.
 
     The beams of a clip are W tokens in one row of the LLM. Its cache holds the prompt once, then W
-    keys for each step, and stays as it is when beams change places: only `can_attend`, which says
-    which of those keys are a beam's own past, is put in order.
+    keys a step, never reordered: `can_attend` says which of them are a beam's own past.
     """
-    W, V = beams, llm.config.vocab_size
-    device = prompts[0].device
+    W, device = beams, prompts[0].device
     finished = [Finished(W, length_penalty) for _ in prompts]
-    clips = list(range(len(prompts)))  # the clip of each row; B rows, fewer as clips are done
+    clips = list(range(len(prompts)))  # which clip a row is; B rows, fewer as clips are done
     last, cache, is_real = read_prompts(llm, prompts)
     lengths = is_real.sum(dim=1)  # (B,)
     can_attend = is_real[:, None].repeat(1, W, 1)  # (B, W, P)
@@ -124,16 +129,12 @@ def beam_search(
     # At first all beams of a clip are one and the same, so only the first may be continued.
     running = torch.tensor([0.0] + [-torch.inf] * (W - 1), device=device).repeat(len(clips), 1)
     answers = torch.empty(len(clips), W, 0, dtype=torch.long, device=device)  # (B, W, 0)
-    ends, n_ends = torch.tensor(eos_ids, device=device), len(eos_ids)
+    ends = torch.tensor(eos_ids, device=device)
 
     for length in range(1, max_new_tokens + 1):
         log_probs = llm.logits(last).float().log_softmax(-1)  # (B, W, V)
-        totals = (running[..., None] + log_probs).flatten(1)  # (B, W*V)
-        # W of these go on even if every beam could end in each of the ends.
-        best, index = totals.topk(min((n_ends + 1) * W, W * V))  # (B, (n_ends+1)*W)
-        beam, token = index // V, index % V
+        best, beam, token = extend(running, log_probs, len(ends))
         is_end = torch.isin(token, ends)
-
         for b, i in is_end[:, :W].nonzero().tolist():
             if best[b, i] > -torch.inf and not finished[clips[b]].done:
                 finished[clips[b]].add(answers[b, beam[b, i]].tolist(), best[b, i].item(), length)
@@ -150,23 +151,30 @@ def beam_search(
 
         going = [b for b, clip in enumerate(clips) if not finished[clip].done]
         if 2 * len(going) <= len(clips):  # at half, for to leave is to copy what stays
-            rows = torch.tensor(going, device=device)
+            cache.keep(going)
             clips = [clips[b] for b in going]
-            cache.keep(rows)
-            running, answers, token = running[rows], answers[rows], token[rows]
-            can_attend, lengths = can_attend[rows], lengths[rows]
-        B = len(clips)
-        itself = torch.eye(W, dtype=torch.bool, device=device).repeat(B, 1, 1)  # (B, W, W)
+            running, answers, token = running[going], answers[going], token[going]
+            can_attend, lengths = can_attend[going], lengths[going]
+        itself = torch.eye(W, dtype=torch.bool, device=device).repeat(len(clips), 1, 1)
         can_attend = torch.cat([can_attend, itself], dim=2)  # W keys more than the cache has
         positions = (lengths + length - 1)[:, None].repeat(1, W)  # (B, W)
         last, cache = llm.hidden(llm.embed(token), cache, positions, can_attend)  # (B, W, D)
 
     for b, clip in enumerate(clips):
-        if not finished[clip].done:
-            for w in range(W):
-                if running[b, w] > -torch.inf:
-                    finished[clip].add(answers[b, w].tolist(), running[b, w].item(), length)
+        finished[clip].add_running(answers[b], running[b])
     return [clip.best for clip in finished]
+
+
+def extend(running: Tensor, log_probs: Tensor, n_ends: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Every beam followed by every token: the sums of the best, which beam, which token.
+
+    running (B, W), log_probs (B, W, V) -> three of (B, (n_ends+1)*W), best first: so many that W of
+    them go on even if every beam could end in each of the ends.
+    """
+    B, W, V = log_probs.shape
+    totals = (running[..., None] + log_probs).flatten(1)  # (B, W*V)
+    best, index = totals.topk(min((n_ends + 1) * W, W * V))  # (B, (n_ends+1)*W)
+    return best, index // V, index % V
 
 
 def of_beams(x: Tensor, beam: Tensor) -> Tensor:

@@ -183,7 +183,7 @@ def test_several_tokens_of_one_step_each_see_their_own_past(llama):
 def test_a_cache_keeps_the_rows_that_are_asked_for(llama):
     ids = torch.tensor([[1, 66, 5], [1, 8, 9], [1, 33, 2]])
     _, cache = llama.hidden(llama.embed(ids))
-    cache.keep(torch.tensor([2, 0]))
+    cache.keep([2, 0])
     positions = torch.full((2, 1), 3)
     hidden, _ = llama.hidden(llama.embed(torch.tensor([[7], [7]])), cache, positions)
     for row, prompt in zip(hidden, ([1, 33, 2, 7], [1, 66, 5, 7])):
