@@ -481,6 +481,12 @@ class Batch:
     labels: Tensor  # (B, T), the id where it is part of the answer, else IGNORE
     lengths: Tensor  # (B,), ids of each row; the rest is padding
 
+    @property
+    def positions(self) -> list[int]:
+        """What each row takes in the LLM; its speech stands where one id stood."""
+        speech = [math.ceil(len(a) * STATES_PER_SECOND / SAMPLE_RATE) for a in self.audio]
+        return [n + int(T) - 1 for n, T in zip(speech, self.lengths, strict=True)]
+
 
 def examples_for(rows: list[Row], asr: float, seed: int, epoch: int) -> list[Example]:
     """ASR-augmented sampling: every row to translate, the share `asr` of clips also to transcribe.

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from data import AUDIO_ID, IGNORE, TEMPLATES, Batch, end_id, parse_directions
-from llama import Llama, Tokenizer, must_match, stored_tensors, weight_files
+from llama import Llama, LlamaConfig, Tokenizer, must_match, stored_tensors, weight_files
 from lora import LoRALinear, add_lora, lora_layers, merge_lora, read_peft, save_peft
-from whisper_encoder import WINDOWS, WhisperEncoder, clip_to_mel, n_states
+from whisper_encoder import WINDOWS, WhisperConfig, WhisperEncoder, clip_to_mel, n_states
 
 # Every linear layer of both bases except the LLM's head, as the original's
 # find_all_linear_names has it.
@@ -261,6 +261,32 @@ def fingerprint(base: Path) -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+# ----------------------------------------------------------------------------------- what it costs
+
+# Multiplications and additions of a forward pass, without LoRA: merged, it costs nothing.
+
+
+def encoder_flops(W: WhisperConfig, S: int) -> tuple[int, int, int]:
+    """Of a clip of S states: convolutions, linear layers, attention."""
+    Da, layers = W.d_model, W.encoder_layers
+    convolutions = 12 * S * W.num_mel_bins * Da + 6 * S * Da * Da
+    linears = 2 * S * layers * (4 * Da * Da + 2 * Da * W.encoder_ffn_dim)
+    return convolutions, linears, 4 * layers * S * S * Da
+
+
+def projector_flops(W: WhisperConfig, L: LlamaConfig, S: int) -> int:
+    D = L.hidden_size
+    return 2 * S * (W.d_model * D + 2 * D * D)
+
+
+def llm_flops(L: LlamaConfig, T: int, past: int = 0) -> tuple[int, int]:
+    """Of T positions after `past` others, the vocabulary left out: linear layers, attention."""
+    D, layers, q = L.hidden_size, L.num_hidden_layers, L.num_attention_heads * L.head_dim
+    kv = L.num_key_value_heads * L.head_dim
+    linears = 2 * T * layers * (2 * D * q + 2 * D * kv + 3 * D * L.intermediate_size)
+    return linears, 4 * layers * q * (T * past + T * T // 2)  # half of the T x T is never seen
 
 
 # ---------------------------------------------------------------------------- to and from elsewhere

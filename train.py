@@ -14,20 +14,30 @@ import os
 import random
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from data import TEMPLATES, Batches, Row, every_nth, parse_directions, read_corpus
+from data import TEMPLATES, Batch, Batches, Row, every_nth, parse_directions, read_corpus
 from llama import Llama, LlamaConfig
-from llast import LLaST, LLaSTConfig, pick_device
+from llast import (
+    LLaST,
+    LLaSTConfig,
+    encoder_flops,
+    llm_flops,
+    pick_device,
+    projector_flops,
+)
 from lora import merge_lora
 from translate import describe, metrics, score_rows, translate
 from whisper_encoder import WINDOWS, WhisperConfig, WhisperEncoder
 
 HERE = Path(__file__).parent
+RECOMPUTE = ("none", "llm", "all")
 DEV_CLIPS = 500  # of each direction: all of CoVoST-2's would take hours to score
 
 
@@ -53,7 +63,7 @@ class Preset:
     warmup: float  # share of all steps
     batch: int  # positions
     accumulate: int  # batches in one step of the optimizer
-    recompute: bool  # activations of a layer, in the backward pass: half the speed, less memory
+    recompute: str  # of which part, in the backward pass; about a third slower, far less memory
     epochs: int
     beams: int
 
@@ -67,7 +77,7 @@ TINY, WEIGHTS = HERE / "tiny", HERE / "weights"
 PAPER = dict(
     encoder=WEIGHTS / "whisper-large-v2", data=HERE / "corpus", lang="paper", window="30s",
     encoder_rank=128, encoder_alpha=64, llm_rank=512, llm_alpha=256, dropout=0.05, asr=1.0,
-    en_step=1, lr=2e-4, schedule="linear", warmup=0.03, batch=6400, accumulate=2, recompute=True,
+    en_step=1, lr=2e-4, schedule="linear", warmup=0.03, batch=6400, accumulate=2, recompute="all",
     epochs=1, beams=5,
 )  # fmt: skip
 PRESETS = {
@@ -75,7 +85,7 @@ PRESETS = {
         encoder=TINY / "whisper", llm=TINY / "llama", data=TINY / "corpus", lang="fr",
         template="llama2", window="clip", encoder_rank=16, encoder_alpha=32, llm_rank=16,
         llm_alpha=32, dropout=0.0, asr=0.5, en_step=1, lr=1e-3, schedule="linear", warmup=0.05,
-        batch=1100, accumulate=1, recompute=False, epochs=4, beams=5,
+        batch=1100, accumulate=1, recompute="none", epochs=4, beams=5,
     ),
     "llast-2b": Preset(
         llm=WEIGHTS / "TinyLlama-1.1B-Chat-v1.0", template="tinyllama", **PAPER
@@ -109,8 +119,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--schedule", choices=("linear", "cosine"), help="how the learning rate falls to 0")
     add("--batch", type=int, help="positions, speech and text, in a batch")
     add("--accumulate", type=int, help="batches in one step of the optimizer")
-    add("--recompute", action=argparse.BooleanOptionalAction,
-        help="compute activations again in the backward pass: less memory, more time")  # fmt: skip
+    add("--recompute", choices=RECOMPUTE,
+        help="whose activations to compute again: less memory, more time")  # fmt: skip
+    add("--compile", action="store_true", help="compile each layer; the first steps are slow then")
     add("--seed", type=int, default=0, help="the one number that all randomness follows from [0]")
     return parser
 
@@ -219,12 +230,16 @@ def activation_bytes(settings, W: WhisperConfig, L: LlamaConfig, B: int, S: int,
     encoder += 4 * W.encoder_attention_heads + 2 * 6 * settings.encoder_rank
     in_encoder, in_llm = (2 * n for n in lora_size(settings, W, L))  # LoRA's weights in bf16
     encoder, llm = B * S * encoder + in_encoder, B * P * llm + in_llm
-    if settings.recompute:
-        kept = 2 * B * (W.encoder_layers * S * Da + L.num_hidden_layers * P * D)
-        layers = kept + max(encoder, llm)
-    else:
-        layers = W.encoder_layers * encoder + L.num_hidden_layers * llm
-    return layers + B * ANSWER * 10 * L.vocab_size  # logits in bf16, in float32, and their gradient
+    kept = largest = 0
+    for layers, layer, its_input, again in (
+        (W.encoder_layers, encoder, 2 * B * S * Da, settings.recompute == "all"),
+        (L.num_hidden_layers, llm, 2 * B * P * D, settings.recompute != "none"),
+    ):
+        kept += layers * (its_input if again else layer)
+        largest = max(largest, layer if again else 0)
+    return (
+        kept + largest + B * ANSWER * 10 * L.vocab_size
+    )  # logits in bf16, in float32, and their gradient
 
 
 def example_flops(settings: Preset, W: WhisperConfig, L: LlamaConfig, S: int, P: int) -> float:
@@ -233,18 +248,18 @@ def example_flops(settings: Preset, W: WhisperConfig, L: LlamaConfig, S: int, P:
     A frozen matrix costs a forward pass and the gradient of its input; a trained one that of its
     weight as well. Attention's backward pass is 2.5 times its forward pass.
     """
-    Da, Fe, D = W.d_model, W.encoder_ffn_dim, L.hidden_size
-    q, kv = L.num_attention_heads * L.head_dim, L.num_key_value_heads * L.head_dim
-    frozen = 2 * S * W.encoder_layers * (4 * Da * Da + 2 * Da * Fe)
-    frozen += 2 * P * L.num_hidden_layers * (2 * D * q + 2 * D * kv + 3 * D * L.intermediate_size)
-    frozen += 2 * ANSWER * D * L.vocab_size
-    attention = 4 * W.encoder_layers * S * S * Da + 2 * L.num_hidden_layers * P * P * q
-    encoder, llm = lora_size(settings, W, L)
-    lora = 2 * (S * W.encoder_layers * encoder + P * L.num_hidden_layers * llm)
-    projector = 2 * (P - TEXT) * (Da * D + 2 * D * D)
-    convolutions = 12 * S * W.num_mel_bins * Da + 6 * S * Da * Da  # no gradient goes there
-    again = frozen + attention + lora if settings.recompute else 0
-    return convolutions + 2 * frozen + 3.5 * attention + 3 * (lora + projector) + again
+    convolutions, in_encoder, attention = encoder_flops(W, S)  # no gradient goes to the first
+    in_llm, causal = llm_flops(L, P)
+    encoder_lora, llm_lora = lora_size(settings, W, L)
+    encoder_lora, llm_lora = (
+        2 * S * W.encoder_layers * encoder_lora,
+        2 * P * L.num_hidden_layers * llm_lora,
+    )
+    frozen = in_encoder + in_llm + 2 * ANSWER * L.hidden_size * L.vocab_size
+    trained = encoder_lora + llm_lora + projector_flops(W, L, P - TEXT)
+    again = in_llm + causal + llm_lora if settings.recompute != "none" else 0
+    again += in_encoder + attention + encoder_lora if settings.recompute == "all" else 0
+    return convolutions + 2 * frozen + 3.5 * (attention + causal) + 3 * trained + again
 
 
 def print_plan(settings: Preset):
@@ -417,6 +432,67 @@ def refuse_what_is_there(out: Path):
     raise ValueError(f"{out} {what}; name another folder with --out, or remove it")
 
 
+def set_up_layers(model: LLaST, recompute: str, compiled: bool):
+    """Whose activations are computed again for the gradient, and whether layers are compiled."""
+    model.speech_encoder.recompute = recompute == "all"
+    model.llm.recompute = recompute != "none"
+    if compiled:
+        for layer in (*model.speech_encoder.layers, *model.llm.model.layers):
+            layer.compile(dynamic=True)  # in place: the names of the weights stay
+
+
+class Pace:
+    """How fast an epoch goes, and how much of it is lost to padding and to waiting for data."""
+
+    def __init__(self):
+        self.began, self.waited = time.perf_counter(), 0.0
+        self.clips = self.positions = self.padded = 0
+
+    def add(self, loaded: list[Batch], waited: float):
+        self.waited += waited
+        for batch in loaded:
+            self.clips += len(batch.audio)
+            self.positions += sum(batch.positions)
+            self.padded += len(batch.audio) * max(batch.positions)
+
+    def figures(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self.began
+        return {
+            "clips_per_second": round(self.clips / seconds, 1),
+            "positions_per_second": round(self.positions / seconds),
+            "padding": round(1 - self.positions / max(1, self.padded), 3),
+            "waiting": round(self.waited / seconds, 3),
+        }
+
+    def __str__(self) -> str:
+        clips, positions, padding, waiting = self.figures().values()
+        return (
+            f"{clips:.0f} clips/s, {positions:,} positions/s, {padding:.0%} padding, "
+            f"{waiting:.0%} waiting for data"
+        )
+
+
+def steps_of(batches: Batches, epoch: int, accumulate: int) -> Iterator[list[Batch]]:
+    """The batches of each step of an epoch."""
+    groups = batches.groups(epoch)
+    for start in range(0, len(groups), accumulate):
+        loaded = [batches.load(group) for group in groups[start : start + accumulate]]
+        yield [batch for batch in loaded if batch is not None]
+
+
+def ahead(items: Iterator) -> Iterator[tuple]:
+    """Each item, made by a thread while the one before is in use, and the seconds waited for it."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while True:
+            began = time.perf_counter()
+            item = coming.result()
+            if item is None:
+                return
+            coming = thread.submit(next, items, None)
+            yield item, time.perf_counter() - began
+
+
 def train(model: LLaST, batches: Batches, dev: Batches, settings: Preset, out: Path):
     """The whiteboard loop: loss, gradient, step; dev scores and a save after every epoch."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -438,11 +514,8 @@ def train(model: LLaST, batches: Batches, dev: Batches, settings: Preset, out: P
     done = 0  # steps
     for epoch in range(settings.epochs):
         model.train()
-        groups = batches.groups(epoch)
-        for start in range(0, len(groups), settings.accumulate):
-            began = time.perf_counter()
-            loaded = [batches.load(g) for g in groups[start : start + settings.accumulate]]
-            loaded = [batch for batch in loaded if batch is not None]
+        pace = Pace()
+        for loaded, waited in ahead(steps_of(batches, epoch, settings.accumulate)):
             # Divide by the tokens of all batches of the step, so that each counts the same.
             tokens = sum(int((batch.labels >= 0).sum()) for batch in loaded)
             total = 0.0
@@ -456,20 +529,20 @@ def train(model: LLaST, batches: Batches, dev: Batches, settings: Preset, out: P
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
 
-            clips = sum(len(batch.audio) for batch in loaded)
-            speed = clips / (time.perf_counter() - began)
             bar.update()
             done += 1
-            bar.set_postfix_str(f"loss {total:.3f}, lr {lr:.1e}, {speed:.0f} clips/s")
+            pace.add(loaded, waited)
+            bar.set_postfix_str(f"loss {total:.3f}, lr {lr:.1e}, {pace}")
             line = {"step": done, "epoch": epoch + 1, "loss": round(total, 5), "lr": lr}
-            log(out, line | {"grad_norm": round(grad_norm, 4), "clips_per_second": round(speed, 1)})
+            log(out, line | {"grad_norm": round(grad_norm, 4)} | pace.figures())
+        speed = str(pace)  # before the dev clips take their time
         model.save_pretrained(out)
         line = {"step": done, "epoch": epoch + 1, "dev_loss": round(dev_loss(model, dev), 4)}
         for direction, rows in by_direction(dev.rows).items():
             line[f"dev_bleu {direction}"] = score_rows(model, rows, beams=1)["bleu"]
         log(out, line)
         scores = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in line.items() if "dev" in k)
-        tqdm.write(f"epoch {epoch + 1} of {settings.epochs}: {scores} (one beam)")
+        tqdm.write(f"epoch {epoch + 1} of {settings.epochs}: {scores} (one beam); {speed}")
         show_samples(model, dev.rows)
     bar.close()
 
@@ -532,7 +605,7 @@ def run(args: argparse.Namespace) -> int:
 
     splits = read_all(settings, args.clips)
     model = LLaST.fresh(model_config(settings), dtype, device)
-    model.speech_encoder.recompute = model.llm.recompute = settings.recompute
+    set_up_layers(model, settings.recompute, args.compile)
     print_parts(model)
     drawn = model.tokenizer, settings.template, settings.batch, args.seed
     batches = Batches(splits["train"], settings.asr, *drawn)

@@ -1,6 +1,7 @@
 """train.py --plan: its parameters, memory and arithmetic are those of the model that is built."""
 
 import re
+import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -97,7 +98,7 @@ def built(tmp_path):
             wider = {"hidden_size": times * 64, "intermediate_size": times * 176}
             toys.llama_folder(settings.llm, **SIZES | wider | {"head_dim": times * 8})
         model = LLaST.fresh(train.model_config(settings), torch.bfloat16)
-        model.speech_encoder.recompute = model.llm.recompute = settings.recompute
+        train.set_up_layers(model, settings.recompute, compiled=False)
         prompt = [1, AUDIO_ID] + [5] * (train.TEXT - train.ANSWER - 1)
         answer = [7] * train.ANSWER
         batch = Batch(
@@ -111,7 +112,7 @@ def built(tmp_path):
     return build
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", train.RECOMPUTE)
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 def test_activations_are_what_the_backward_pass_keeps(built, dropout, recompute):
     settings, model, batch = built(dropout=dropout, recompute=recompute, encoder_rank=4, llm_rank=6)
@@ -134,14 +135,15 @@ def test_activations_are_what_the_backward_pass_keeps(built, dropout, recompute)
         in_encoder = W.encoder_layers * (5 * W.d_model + W.encoder_ffn_dim)
         in_llm = L.num_hidden_layers * (6 * L.hidden_size + L.intermediate_size)
         planned += B * (S * in_encoder + P * in_llm)
-    if recompute:  # the layer that is open in the backward pass is not yet there after the forward
-        one = train.activation_bytes(replace(settings, recompute=False), W, L, B, S, P)
-        assert measured < planned < one
+    if recompute != "none":  # the layer that is open in the backward pass is not there yet
+        less = {"llm": "none", "all": "llm"}[recompute]
+        more = train.activation_bytes(replace(settings, recompute=less), W, L, B, S, P)
+        assert measured < planned < more
     else:
         assert loss.isfinite() and measured == pytest.approx(planned, rel=0.1)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", train.RECOMPUTE)
 def test_arithmetic_is_what_a_training_step_does(built, recompute):
     # Wide, so that attention, which the counter leaves out on a CPU, is a small part of it.
     settings, model, batch = built(times=8, recompute=recompute)
@@ -155,7 +157,7 @@ def test_arithmetic_is_what_a_training_step_does(built, recompute):
 
 def test_recomputed_gradients_are_the_gradients(built):
     found = []
-    for recompute in (False, True):
+    for recompute in train.RECOMPUTE:
         torch.manual_seed(0)
         _, model, batch = built(dropout=0.1, recompute=recompute)
         chance = torch.Generator().manual_seed(1)
@@ -164,11 +166,35 @@ def test_recomputed_gradients_are_the_gradients(built):
         torch.manual_seed(2)  # the same dropout
         model(batch).sum().backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-    plain, again = found
-    assert plain.keys() == again.keys() and plain
-    for name in plain:
-        assert plain[name].any(), name
-        assert torch.equal(plain[name], again[name]), name
+    plain, *others = found
+    for again in others:
+        assert plain.keys() == again.keys() and plain
+        for name in plain:
+            assert plain[name].any(), name
+            assert torch.equal(plain[name], again[name]), name
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling for a CPU needs g++")
+def test_compiled_layers_give_the_same_loss_and_gradients():
+    """Within 1e-4: a compiled layer adds in another order."""
+    settings, found = train.PRESETS["tiny"], []
+    rows = train.read_corpus(settings.data, "fr", "en")[0]["dev"]
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = LLaST.fresh(train.model_config(settings)).train()
+        for part in (model.speech_encoder, model.llm.model):
+            del part.layers[1:]  # compiling takes seconds a layer
+        train.set_up_layers(model, "none", compiled)
+        for tensor in model.trained().values():
+            tensor.add_(0.01 * torch.randn_like(tensor))
+        batches = train.Batches(rows[:20], 0.5, model.tokenizer, "llama2", 600, seed=0)
+        losses = torch.cat([model(batches.load(group)) for group in batches.groups(0)])
+        losses.sum().backward()
+        found.append((losses, [p.grad for p in model.parameters() if p.requires_grad]))
+    (loss, plain), (again, compiled) = found
+    torch.testing.assert_close(again, loss, rtol=1e-4, atol=1e-4)
+    for before, after in zip(plain, compiled, strict=True):
+        assert before.any() and (before - after).norm() <= 1e-4 * before.norm()
 
 
 @pytest.mark.parametrize("preset", ["tiny", *COUNTS])
