@@ -9,10 +9,14 @@ are sacreBLEU's, and word error rates counted here: tests/test_scores.py.
 """
 
 import argparse
+import ctypes
 import json
+import resource
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -27,7 +31,6 @@ from data import (
     MAX_SECONDS,
     SAMPLE_RATE,
     AudioError,
-    Example,
     Row,
     audio_seconds,
     end_id,
@@ -39,11 +42,12 @@ from data import (
     split_at_quiet,
 )
 from llama import Cache, Llama
-from llast import LLaST, pick_device
+from llast import LLaST, encoder_flops, llm_flops, pick_device, projector_flops
 from lora import merge_lora
 
 HERE = Path(__file__).parent
 AUDIO_FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
+TASKS = ("st", "asr", "cascade")
 UNSPACED = ("zh-CN", "ja")  # written without spaces between words
 
 
@@ -239,6 +243,33 @@ def fill(result: Translation, pieces: list[tuple[int, int, list[dict]]], n_best:
         result.pieces.append(times | {"text": answer["text"]})
 
 
+def ids_of_prompt(model: LLaST, task: str, source: str, target: str) -> Tensor:
+    """(T,), AUDIO_ID where that goes which was heard."""
+    prompt = prompt_for(task, source, target, model.config.template)
+    return torch.tensor(prompt_ids(prompt, model.tokenizer)).to(model.device)
+
+
+@torch.inference_mode()
+def answers_to(model: LLaST, ids: Tensor, heard: list, positions, how: tuple) -> list[list[dict]]:
+    """Text and score of the answers to each of `heard`, best first.
+
+    `positions` makes of a list of what was heard what takes its place in the prompt, (S, D) each. A
+    batch that does not fit into memory is done in halves, with the same result.
+    """
+    ends = {*model.tokenizer.eos_ids, end_id(model.config.template, model.tokenizer)}
+    try:
+        prompts = [model.splice(ids, x) for x in positions(heard)]
+        found = beam_search(model.llm, prompts, sorted(ends), *how)
+        texts = [[(model.tokenizer.decode(a.ids), round(a.score, 4)) for a in f] for f in found]
+        return [[{"text": t, "score": s} for t, s in answers] for answers in texts]
+    except torch.OutOfMemoryError:
+        if len(heard) == 1:
+            raise
+    half = len(heard) // 2  # out here the error no longer holds what was allocated
+    first = answers_to(model, ids, heard[:half], positions, how)
+    return first + answers_to(model, ids, heard[half:], positions, how)
+
+
 def translate(
     model: LLaST,
     paths: list,
@@ -254,41 +285,147 @@ def translate(
 ) -> list[Translation]:
     """Translate (task "st") or transcribe ("asr") audio files of any length, in the order given.
 
-    A clip that cannot be used gets an `error` and an empty text; the others are not touched by it.
-    Of a clip over 30 s only the best answer is kept, joined from those of its pieces. A batch that
-    does not fit into memory is done in halves, with the same result.
+    Task "cascade" transcribes, then translates the transcript: the way that has no need of LLaST,
+    for comparison. A clip that cannot be used gets an `error` and an empty text; the others are not
+    touched by it. Of a clip over 30 s only the best answer is kept, joined from its pieces'.
     """
-    prompt = prompt_for(task, source, target, model.config.template)
-    ids = torch.tensor(prompt_ids(prompt, model.tokenizer)).to(model.device)
-    ends = {*model.tokenizer.eos_ids, end_id(model.config.template, model.tokenizer)}
+    spoken = "asr" if task == "cascade" else task
+    ids, how = ids_of_prompt(model, spoken, source, target), (beams, length_penalty, max_new_tokens)
     results = [Translation(str(path)) for path in paths]
     pieces = defaultdict(list)  # of each clip, in order: first sample, last + 1, answers
     was_training = model.training
     model.eval()
-
-    @torch.inference_mode()
-    def answers_to(audio: list[Tensor]) -> list[list[Hypothesis]]:
-        try:
-            prompts = [model.splice(ids, states) for states in model.encode_speech(audio)]
-            how = beams, length_penalty, max_new_tokens
-            return beam_search(model.llm, prompts, sorted(ends), *how)
-        except torch.OutOfMemoryError:
-            if len(audio) == 1:
-                raise
-        half = len(audio) // 2  # out here the error no longer holds what was allocated
-        return answers_to(audio[:half]) + answers_to(audio[half:])
-
     heard = waveforms(paths, results, progress)
     while batch := list(islice(heard, batch_size)):
-        found = answers_to([audio for *_, audio in batch])
-        for (i, start, end, _), hypotheses in zip(batch, found, strict=True):
-            texts = [(model.tokenizer.decode(h.ids), round(h.score, 4)) for h in hypotheses]
-            pieces[i].append((start, end, [{"text": t, "score": s} for t, s in texts]))
-    model.train(was_training)
-    written = source if task == "asr" else target
+        audio = [audio for *_, audio in batch]
+        found = answers_to(model, ids, audio, model.encode_speech, how)
+        for (i, start, end, _), answers in zip(batch, found, strict=True):
+            pieces[i].append((start, end, answers))
+    written = source if spoken == "asr" else target
     for i, parts in pieces.items():
         fill(results[i], parts, n_best, space="" if written in UNSPACED else " ")
+    if task == "cascade":
+        ids = ids_of_prompt(model, "st", source, target)
+        translate_transcripts(model, ids, [results[i] for i in pieces], n_best, batch_size, how)
+    model.train(was_training)
     return results
+
+
+def translate_transcripts(
+    model: LLaST, ids: Tensor, results: list[Translation], n_best: int, batch_size: int, how: tuple
+):
+    """Put the translation of each transcript in its place; the words stand where speech would."""
+
+    def embedded(texts: list[str]) -> list[Tensor]:
+        tokens = [torch.tensor(model.tokenizer.encode(text), dtype=torch.long) for text in texts]
+        return [model.llm.embed(t.to(model.device)) for t in tokens]
+
+    results = sorted(results, key=lambda result: len(result.text))
+    for start in range(0, len(results), batch_size):
+        batch = results[start : start + batch_size]
+        found = answers_to(model, ids, [result.text for result in batch], embedded, how)
+        for result, answers in zip(batch, found, strict=True):
+            result.pieces = []  # those of the transcript
+            fill(result, [(0, 0, answers)], n_best, space="")
+
+
+# --------------------------------------------------------------------------------------- the cost
+
+
+class Meter:
+    """What the work inside its `with` blocks costs; for a model whose LoRA is merged.
+
+    The arithmetic is that of formulas, put to the shapes that the parts of the model are given.
+    """
+
+    def __init__(self, model: LLaST):
+        self.model = model
+        self.seconds, self.flops, self.tokens, self.peak = 0.0, 0, 0, 0
+        self.joules = None if gpu_joules() is None else 0.0
+
+    def __enter__(self):
+        model, (W, L) = self.model, (self.model.speech_encoder.config, self.model.llm.config)
+
+        def count_encoder(_, args):
+            B, _, frames = args[0].shape
+            self.flops += B * sum(encoder_flops(W, frames // 2))
+
+        def count_projector(_, args):
+            self.flops += projector_flops(W, L, args[0].numel() // W.d_model)
+
+        def count_layers(_, args):
+            (B, T, _), past = args[0].shape, args[3][2] if args[3] else 0
+            self.flops += B * sum(llm_flops(L, T, past))
+
+        def count_head(_, args):
+            self.flops += 2 * args[0].numel() * L.vocab_size
+            self.tokens += len(args[0])  # of each clip one, however many beams it has
+
+        self.hooks = [
+            module.register_forward_pre_hook(count)
+            for module, count in (
+                (model.speech_encoder, count_encoder),
+                (model.projector, count_projector),
+                (model.llm.model.layers[0], count_layers),
+                (model.llm.lm_head, count_head),
+            )
+        ]
+        if model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self.joules_before, self.began = gpu_joules(), time.perf_counter()
+
+    def __exit__(self, *_):
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        self.peak = max(self.peak, peak)
+        self.seconds += time.perf_counter() - self.began
+        if self.joules is not None:
+            self.joules += gpu_joules() - self.joules_before
+        for hook in self.hooks:
+            hook.remove()
+
+    def figures(self, paths: list) -> dict[str, float | None]:
+        """For the clips worked on, in s, TFLOP, GB and J (None where nothing counts them)."""
+        audio = sum(map(seconds_if_readable, paths))
+        return {
+            "clips": len(paths),
+            "audio_seconds": round(audio, 2),
+            "seconds": round(self.seconds, 3),
+            "real_time_factor": round(self.seconds / max(audio, 1e-9), 4),
+            "tokens_per_second": round(self.tokens / self.seconds, 1),
+            "tflop": round(self.flops / 1e12, 4),
+            "peak_gb": round(self.peak / 1e9, 3),
+            "joules": None if self.joules is None else round(self.joules, 1),
+        }
+
+
+def seconds_if_readable(path) -> float:
+    try:
+        return audio_seconds(path)
+    except AudioError:
+        return 0.0
+
+
+def gpu_joules() -> float | None:
+    """What the GPU has used since its driver was loaded, by its own counter, if it has one."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    uuid = f"GPU-{torch.cuda.get_device_properties().uuid}".encode()
+    device, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
+    failed = (
+        nvml.nvmlInit_v2()
+        or nvml.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(device))
+        or nvml.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(millijoules))
+    )
+    return None if failed else millijoules.value / 1000
 
 
 # ------------------------------------------------------------------------------------------- scores
@@ -370,9 +507,9 @@ def score_rows(
     without a transcript have no part in task "asr".
     """
     source, target = rows[0].source, rows[0].target
-    if task == "st":
+    if task != "asr":
         metrics(target)  # should a package be missing, say so before the work
-    spoken = [row for row in rows if task == "st" or row.sentence.strip()]
+    spoken = [row for row in rows if task != "asr" or row.sentence.strip()]
     if not spoken:
         raise ValueError(f"none of the {len(rows)} {source} clips has a transcript to compare with")
     if len(spoken) < len(rows):
@@ -380,7 +517,7 @@ def score_rows(
         print(f"{missing} {source} clips have no transcript: left out", file=sys.stderr)
     rows = spoken
     results = translate(model, [row.path for row in rows], task, source, target, **how)
-    references = [Example(row, task).answer for row in rows]
+    references = [row.sentence if task == "asr" else row.translation for row in rows]
     failed = [result.error for result in results if result.error]
     for error in failed:
         print(f"scored as an empty text: {error}", file=sys.stderr)
@@ -390,7 +527,7 @@ def score_rows(
             cells = row.path.name, reference, result.text, str(result.score), result.error or ""
             lines.append("\t".join(map(one_line, cells)))
         tsv.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    rate, language = (score, target) if task == "st" else (error_rates, source)
+    rate, language = (error_rates, source) if task == "asr" else (score, target)
     return rate([r.text for r in results], references, language) | {"failed": len(failed)}
 
 
@@ -515,9 +652,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lang", help="language spoken, or direction as en-de, if the model knows several")
     add(
         "--task",
-        choices=("st", "asr"),
+        choices=TASKS,
         default="st",
-        help="st translates [default], asr transcribes",
+        help="st translates [default], asr transcribes, cascade transcribes and translates that",
     )
     add("--beams", type=int, default=5, help="beams [5]; 1 is greedy search")
     add("--length-penalty", type=float, default=1.0, help="above 1 favours longer answers [1]")
@@ -533,6 +670,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=HERE / "tiny" / "corpus",
         help="corpus that --test reads [the embedded one]",
     )
+    add("--stats", action="store_true", help="print time, arithmetic, memory and energy at the end")
     add("--encoder", type=Path, help="where the encoder's folder is now, if it has moved")
     add("--llm", type=Path, help="where the LLM's folder is now, if it has moved")
     return parser
@@ -551,8 +689,10 @@ def show(result: Translation, args: argparse.Namespace):
             print(f"{result.path}\t{answer['score']:.3f}\t{one_line(answer['text'])}")
 
 
-def run_tests(model: LLaST, args: argparse.Namespace, folder: Path, how: dict) -> int:
-    """Score the test sets that --test names. -> how many clips failed"""
+def run_tests(
+    model: LLaST, args: argparse.Namespace, folder: Path, how: dict, meter
+) -> tuple[list[Path], int]:
+    """Score the test sets that --test names. -> their clips, and how many of them failed"""
     tests = {}  # all is looked up before the first clip is translated, which may take hours
     for source, target in parse_directions(args.test):
         name = source if args.task == "asr" else f"{source}-{target}"
@@ -560,13 +700,14 @@ def run_tests(model: LLaST, args: argparse.Namespace, folder: Path, how: dict) -
         rows = read_corpus(args.data, source, target)[0]["test"]
         if not rows:
             raise ValueError(f"the {source}-{target} corpus in {args.data} has no test clips")
-        if args.task == "st":
+        if args.task != "asr":
             metrics(target)
         tests[name] = rows
     scores = {}
     for name, rows in tests.items():
         tsv = folder / f"scored.{args.task}.{name}.tsv"  # test.*.tsv is that of the training
-        found = scores[name] = score_rows(model, rows, tsv, args.task, progress=True, **how)
+        with meter:
+            found = scores[name] = score_rows(model, rows, tsv, args.task, progress=True, **how)
         print(f"every clip with its reference and its hypothesis: {tsv}", file=sys.stderr)
         if args.json:
             print(json.dumps({"direction": name, "task": args.task} | found), flush=True)
@@ -576,7 +717,25 @@ def run_tests(model: LLaST, args: argparse.Namespace, folder: Path, how: dict) -
         print(*table(scores), sep="\n")
     if args.published:
         print(*published(list(tests)), sep="\n", file=sys.stderr if args.json else sys.stdout)
-    return sum(found["failed"] for found in scores.values())
+    paths = [row.path for rows in tests.values() for row in rows]
+    return paths, sum(found["failed"] for found in scores.values())
+
+
+def show_cost(cost: dict[str, float | None], as_json: bool):
+    """On stderr, so that texts and scores stay alone on stdout."""
+    if as_json:
+        print(json.dumps(cost), file=sys.stderr)
+        return
+    energy = "no counter here" if cost["joules"] is None else f"{cost['joules']:,.0f} J"
+    print(
+        f"audio       {cost['audio_seconds']:,.1f} s in {cost['clips']} clips\n"
+        f"time        {cost['seconds']:,.2f} s, {cost['real_time_factor']:.3f} of real time\n"
+        f"answers     {cost['tokens_per_second']:,.0f} tokens a second\n"
+        f"arithmetic  {cost['tflop']:,.3f} TFLOP\n"
+        f"memory      {cost['peak_gb']:,.2f} GB at its peak\n"
+        f"energy      {energy}",
+        file=sys.stderr,
+    )
 
 
 def check(args: argparse.Namespace):
@@ -606,15 +765,20 @@ def run(args: argparse.Namespace) -> int:
         "max_new_tokens": args.max_new_tokens,
         "batch_size": args.batch,
     }
-    failed = run_tests(model, args, folder, how) if args.test else 0
+    meter = Meter(model) if args.stats else nullcontext()
+    heard, failed = run_tests(model, args, folder, how, meter) if args.test else ([], 0)
     if args.audio:
         paths = audio_paths(args.audio)
         source, target = choose_direction(model, args.lang, folder, args.task)
         how |= {"n_best": args.n_best, "progress": len(paths) > args.batch}
-        results = translate(model, paths, args.task, source, target, **how)
+        with meter:
+            results = translate(model, paths, args.task, source, target, **how)
+        heard += paths
         for result in results:
             show(result, args)
         failed += sum(result.error is not None for result in results)
+    if args.stats:
+        show_cost(meter.figures(heard), args.json)
     return 1 if failed else 0
 
 

@@ -1,5 +1,6 @@
 """translate.py: beam search against exhaustive search, translating files, the command line."""
 
+import ctypes
 import itertools
 import json
 import os
@@ -14,12 +15,15 @@ import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import toys
 import translate
-from data import load_audio, split_at_quiet
+from data import AUDIO_ID, load_audio, split_at_quiet
 from llama import Llama, LlamaConfig, Tokenizer
 from llast import LLaST, LLaSTConfig
+from lora import merge_lora
 from translate import beam_search
 
 # -------------------------------------------------------------------------------------- beam search
@@ -403,6 +407,74 @@ def test_a_clip_of_just_30_s_is_one_piece(model, tmp_path):
     assert fits.pieces == [] and len(over.pieces) == 2
 
 
+def test_a_cascade_translates_what_it_has_transcribed(model, clips):
+    paths = [*good(clips), clips / "empty.wav"]
+    heard = translate.translate(model, paths, "asr", **HOW)
+    found = translate.translate(model, paths, "cascade", **HOW, batch_size=2)
+    assert "the file is empty" in found[-1].error and found[-1].text == ""
+    prompt = translate.ids_of_prompt(model, "st", "fr", "en").tolist()
+    at = prompt.index(AUDIO_ID)
+    for result, transcript in zip(found[:-1], heard[:-1], strict=True):
+        assert result.path == transcript.path and result.text != transcript.text
+        words = model.tokenizer.encode(transcript.text)
+        row = torch.tensor(prompt[:at] + words + prompt[at + 1 :])
+        [answers] = beam_search(model.llm, [model.llm.embed(row)], model.tokenizer.eos_ids, 3,
+                                max_new_tokens=6)  # fmt: skip
+        assert result.text == model.tokenizer.decode(answers[0].ids)
+        assert result.score == pytest.approx(answers[0].score, abs=2e-4)
+
+
+# ----------------------------------------------------------------------------------------- the cost
+
+
+def test_the_meter_counts_what_the_model_computes(clips, tmp_path):
+    # Wide: the counter takes causal attention for the whole square, so it has to be a small part.
+    toys.whisper_folder(tmp_path / "whisper", d_model=240, encoder_ffn_dim=400)
+    toys.llama_folder(tmp_path / "llama", hidden_size=360, intermediate_size=520, head_dim=60)
+    save_model(tmp_path, tmp_path / "trained")
+    model = LLaST.from_pretrained(tmp_path / "trained")
+    merge_lora(model)
+    meter, counter = translate.Meter(model), FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter, meter:  # no other attention is counted on a CPU
+        translate.translate(model, good(clips), "cascade", **HOW)
+    assert meter.flops == pytest.approx(counter.get_total_flops(), rel=0.03)
+    before = meter.flops, meter.tokens
+    translate.translate(model, good(clips))
+    assert (meter.flops, meter.tokens) == before  # only what is inside counts
+    with meter:
+        translate.translate(model, good(clips)[:1], beams=2, max_new_tokens=1)
+    assert meter.tokens == before[1] + 1 and meter.flops > before[0]
+
+
+def test_the_gpus_counter_is_read_as_joules_or_not_at_all(model, monkeypatch):
+    class Driver:
+        failed, millijoules = 0, 5_000
+
+        def nvmlInit_v2(self):
+            return 0
+
+        def nvmlDeviceGetHandleByUUID(self, uuid, device):
+            assert uuid == b"GPU-1234"
+            return 0
+
+        def nvmlDeviceGetTotalEnergyConsumption(self, device, count):
+            Driver.millijoules += 2_000
+            count._obj.value = Driver.millijoules
+            return self.failed
+
+    assert torch.cuda.is_available() or translate.gpu_joules() is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    about = SimpleNamespace(uuid="1234")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: about)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+    meter = translate.Meter(model)
+    with meter:
+        pass
+    assert meter.joules == 2.0
+    monkeypatch.setattr(Driver, "failed", 3)
+    assert translate.gpu_joules() is None and translate.Meter(model).joules is None
+
+
 # ------------------------------------------------------------------------------------- command line
 
 
@@ -439,6 +511,20 @@ def test_json_has_an_object_for_each_clip(command, quick, clips):
     assert all(o["pieces"] == [] for o in objects)
     assert bad["text"] == "" and "the file is empty" in bad["error"]
     assert code == 1
+
+
+def test_stats_say_on_stderr_what_it_cost(command, quick, clips):
+    code, lines, err = command(*quick, "--stats", *good(clips))
+    assert code == 0 and len(lines) == len(good(clips))
+    assert [line.split()[0] for line in err.splitlines()] == [
+        "audio", "time", "answers", "arithmetic", "memory", "energy",
+    ]  # fmt: skip
+    assert "1.8 s in 4 clips" in err and "no counter here" in err
+    _, _, err = command(*quick, "--stats", "--json", *good(clips), clips / "empty.wav")
+    cost = json.loads(err)
+    assert cost["clips"] == 5 and cost["audio_seconds"] == pytest.approx(1.8)
+    assert cost["real_time_factor"] == pytest.approx(cost["seconds"] / 1.8, rel=0.01)
+    assert cost["tflop"] >= 0 and cost["tokens_per_second"] > 0 and cost["peak_gb"] > 0
 
 
 def test_n_best_prints_as_many_lines_with_their_scores(command, quick, clips):
