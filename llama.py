@@ -117,17 +117,20 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(positions: Tensor, Dh: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the angle of each pair of dimensions. (B, T) -> two of (B, 1, T, Dh)"""
+    """Cosine and sine of each dimension's angle. (B, T) -> two of (B, 1, T, Dh)
+
+    The sine is negative in the first half: a pair (a, b) turns to (a cos - b sin, b cos + a sin).
+    """
     frequency = theta ** (-torch.arange(0, Dh, 2, device=positions.device).float() / Dh)
     angle = positions[:, None, :, None] * frequency  # (B, 1, T, Dh/2)
-    angle = torch.cat([angle, angle], dim=-1)  # (B, 1, T, Dh)
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)  # (B, 1, T, Dh)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn dimension i together with i + Dh/2 (Meta's own files pair i with i + 1)."""
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    other = x.roll(x.shape[-1] // 2, dims=-1)  # at i stands i + Dh/2, and the other way round
+    return torch.addcmul(x * cos, other, sin).to(x.dtype)
 
 
 class Attention(nn.Module):
