@@ -6,7 +6,9 @@
 The peer is what a capable user writes: sdpa attention, the clips' own states cut out of the 30 s
 window, right padding in training and left padding in generation, LoRA merged before generation.
 Both get the same weights, LoRA included. Before a case is timed, both must have computed the same.
-Then they take turns; the median counts. Results go to a JSON file and a table.
+Then they take turns; the median counts. Beside each time stands the least that this machine could
+need: the arithmetic at the rate of a large matrix product, or the bytes at that of a large copy,
+whichever is longer, both measured first. Results go to a JSON file and a table.
 """
 
 import argparse
@@ -18,7 +20,8 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+import warnings
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import peft
@@ -43,9 +46,9 @@ from data import (  # noqa: E402
     read_corpus,
 )
 from llama import Llama, LlamaConfig  # noqa: E402
-from llast import LLaST, LLaSTConfig, export, pick_device  # noqa: E402
+from llast import LLaST, LLaSTConfig, encoder_flops, export, llm_flops, pick_device  # noqa: E402
 from lora import merge_lora  # noqa: E402
-from train import PRESETS, PUBLIC  # noqa: E402
+from train import PRESETS, PUBLIC, example_flops  # noqa: E402
 from translate import beam_search, translate  # noqa: E402
 from whisper_encoder import (  # noqa: E402
     WhisperConfig,
@@ -86,8 +89,17 @@ def random_bases(folder: Path, W: WhisperConfig, L: LlamaConfig, dtype: torch.dt
     (folder / "llama" / "tokenizer.model").write_bytes(tokenizer)
 
 
-def build_ours(config: LLaSTConfig, device, dtype) -> LLaST:
+def build_ours(size: str, folder: Path, device, dtype) -> LLaST:
     """A LLaST whose LoRA is no longer fresh, so that a LoRA left out would be noticed."""
+    bases, ranks = (ROOT / "tiny" / "whisper", ROOT / "tiny" / "llama"), (16, 16)
+    if size != "tiny":
+        W, L, *ranks = SIZES[size]
+        random_bases(folder, W, L, dtype)
+        bases = folder / "whisper", folder / "llama"
+    config = LLaSTConfig(
+        *map(str, bases), "llama2", "30s", ranks[0], 2.0 * ranks[0], ranks[1], 2.0 * ranks[1],
+        dropout=0.0, directions=("fr-en",),
+    )  # fmt: skip
     model = LLaST.fresh(config, dtype, device)
     chance = torch.Generator().manual_seed(1)
     for name, tensor in model.trained().items():
@@ -184,6 +196,49 @@ def adapters(ours: LLaST, folder: Path):
 # -------------------------------------------------------------------------------------- measuring
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What the device can do at best, as measured here, and by its data sheet if that is known."""
+
+    flops: float  # of a large matrix product, a second
+    bytes: float  # that a large copy reads and writes, a second
+    sheet_flops: float | None
+    sheet_bytes: float | None
+
+    def least(self, phases: list["Phase"]) -> float | None:
+        """Seconds that the phases need, one after the other, if nothing else took any time."""
+        needed = [p.times * max(p.flops / self.flops, p.bytes / self.bytes) for p in phases]
+        return sum(needed) if needed else None
+
+
+SHEETS = {  # dense bf16 FLOP/s and bytes/s
+    "H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "A100": (312e12, 2.04e12),
+}  # fmt: skip
+
+
+def measure_machine(device, dtype) -> Machine:
+    cuda = device.type == "cuda"
+    n = 8192 if cuda else 2048
+    a = torch.randn(n, n, device=device).to(dtype)
+    source = torch.ones(1 << (30 if cuda else 27), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    a @ a, target.copy_(source)
+    product = min(seconds_of(lambda: a @ a, device) for _ in range(5))
+    copy = min(seconds_of(lambda: target.copy_(source), device) for _ in range(5))
+    name = torch.cuda.get_device_name() if cuda else ""
+    sheet = next((SHEETS[key] for key in SHEETS if key in name), (None, None))
+    return Machine(2 * n**3 / product, 2 * len(source) / copy, *sheet)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of our work that ends before the next begins: its arithmetic, the bytes it reads."""
+
+    flops: float
+    bytes: float
+    times: int = 1
+
+
 @dataclass
 class Result:
     """One line of the table: seconds and bytes of ours and of the peer."""
@@ -195,6 +250,9 @@ class Result:
     spread: float  # of ours: largest minus smallest, as a share of the median
     ours_memory: int
     peer_memory: int
+    limit: float | None = None  # seconds, for ours
+    mfu: float | None = None  # shares of what the data sheet says, where it is known
+    mbu: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -231,29 +289,56 @@ def seconds_of(work, device) -> float:
     return time.perf_counter() - began
 
 
-def compare(size: str, case: str, ours, peer, device, times: int) -> Result:
-    """Ours and the peer's in turns, after one call of each to warm up."""
-    ours(), peer()
-    taken = [(seconds_of(ours, device), seconds_of(peer, device)) for _ in range(times)]
-    mine, theirs = ([pair[i] for pair in taken] for i in range(2))
-    middle = statistics.median(mine)
-    memory = peak_of(ours, device), peak_of(peer, device)
-    result = Result(
-        size, case, middle, statistics.median(theirs), (max(mine) - min(mine)) / middle, *memory
-    )
-    print(line_of(result), flush=True)
-    return result
+@dataclass
+class Bench:
+    """Where and how often a model of one size is timed, and what was found."""
+
+    size: str
+    device: torch.device
+    machine: Machine
+    times: int
+    results: list[Result] = field(default_factory=list)
+
+    def compare(self, case: str, ours, peer, phases: list[Phase], times: int | None = None):
+        """Ours and the peer's in turns, after one call of each to warm up."""
+        ours(), peer()
+        taken = [
+            (seconds_of(ours, self.device), seconds_of(peer, self.device))
+            for _ in range(times or self.times)
+        ]
+        mine, theirs = ([pair[i] for pair in taken] for i in range(2))
+        middle = statistics.median(mine)
+        limit = self.machine.least(phases)
+        result = Result(
+            self.size, case, middle, statistics.median(theirs), (max(mine) - min(mine)) / middle,
+            peak_of(ours, self.device), peak_of(peer, self.device), limit,
+        )  # fmt: skip
+        if self.machine.sheet_flops and phases:
+            flops = sum(phase.times * phase.flops for phase in phases)
+            read = sum(phase.times * phase.bytes for phase in phases)
+            result.mfu = flops / (middle * self.machine.sheet_flops)
+            result.mbu = read / (middle * self.machine.sheet_bytes)
+        self.results.append(result)
+        print(line_of(result), flush=True)
 
 
-HEADER = f"{'size':10} {'case':44} {'ours':>9} {'peer':>9} {'ratio':>6} {'memory, MB':>16}"
+HEADER = (
+    f"{'size':10} {'case':44} {'ours':>9} {'peer':>9} {'ratio':>6} {'memory, MB':>16} "
+    f"{'limit':>9} reached"
+)
 
 
 def line_of(r: Result) -> str:
     memory = f"{r.ours_memory / 1e6:,.0f} : {r.peer_memory / 1e6:,.0f}"
-    return (
+    line = (
         f"{r.size:10} {r.case:44} {1e3 * r.ours:7.1f}ms {1e3 * r.peer:7.1f}ms {r.ratio:5.2f}x "
         f"{memory:>16}"
     )
+    if r.limit is not None:
+        line += f" {1e3 * r.limit:7.1f}ms {r.limit / r.ours:7.0%}"
+    if r.mfu is not None:
+        line += f"  MFU {r.mfu:.0%}, MBU {r.mbu:.0%}"
+    return line
 
 
 def same(what: str, ours: Tensor, theirs: Tensor, dtype: torch.dtype):
@@ -306,8 +391,8 @@ def in_window(model: LLaST, window: str) -> LLaST:
     return model
 
 
-def mel_case(size: str, device, times: int) -> Result:
-    audio = noise(10.0, 0)
+def mel_case(bench: Bench):
+    audio, device = noise(10.0, 0), bench.device
     features = transformers.WhisperFeatureExtractor(feature_size=80)
 
     def ours():
@@ -320,17 +405,17 @@ def mel_case(size: str, device, times: int) -> Result:
         ).input_features[0]  # fmt: skip
 
     same("log-mel", ours().cpu(), peer().cpu(), torch.float32)
-    return compare(size, "log-mel of 10 s", ours, peer, device, 5 * times)
+    bench.compare("log-mel of 10 s", ours, peer, [], 5 * bench.times)
 
 
 @torch.inference_mode()
-def encoder_cases(size: str, ours: LLaST, peer: Peer, device, times: int) -> list[Result]:
+def encoder_cases(bench: Bench, ours: LLaST, peer: Peer):
     dtype, audio = ours.speech_encoder.conv1.weight.dtype, noise(5.0, 0)
     mels = {
         window: clip_to_mel(audio, ours.speech_encoder.config.num_mel_bins, window)[None]
         for window in ("30s", "clip")
     }
-    mels = {window: mel.to(device, dtype) for window, mel in mels.items()}
+    mels = {window: mel.to(bench.device, dtype) for window, mel in mels.items()}
 
     def run(window: str):
         return lambda: ours.speech_encoder(mels[window])
@@ -339,16 +424,24 @@ def encoder_cases(size: str, ours: LLaST, peer: Peer, device, times: int) -> lis
         return peer.encoder(mels["30s"]).last_hidden_state
 
     same("encoder", run("30s")(), theirs(), dtype)
-    return [
-        compare(size, f"encoder, clip of 5 s, {label}", run(window), theirs, device, times)
-        for window, label in (("30s", "both in 30 s"), ("clip", "ours at its length"))
-    ]
+    for window, label in (("30s", "both in 30 s"), ("clip", "ours at its length")):
+        phase = encoder_phase(ours, [mels[window].shape[2] // 2])
+        bench.compare(f"encoder, clip of 5 s, {label}", run(window), theirs, [phase])
 
 
-def training_cases(size: str, ours: LLaST, peer: Peer, device, times: int) -> list[Result]:
+def encoder_phase(model: LLaST, states: list[int]) -> Phase:
+    W, weights = model.speech_encoder.config, bytes_of(model.speech_encoder)
+    return Phase(sum(sum(encoder_flops(W, S)) for S in states), weights)
+
+
+def bytes_of(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def training_cases(bench: Bench, ours: LLaST, peer: Peer):
     V, everything = ours.llm.config.vocab_size, list(range(len(MIXED)))
     together = [training_batch(V, everything)]
-    budget = PRESETS["tiny" if device.type == "cpu" else "llast-8b"].batch
+    budget = PRESETS["tiny" if bench.device.type == "cpu" else "llast-8b"].batch
     by_length = [training_batch(V, which) for which in as_train_groups_them(budget)]
     asked = len(MIXED) * ANSWER
 
@@ -372,7 +465,7 @@ def training_cases(size: str, ours: LLaST, peer: Peer, device, times: int) -> li
     counts = [sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (ours, peer)]
     if len(set(counts)) > 1:
         raise SystemExit(f"ours trains {counts[0]:,} parameters, the peer {counts[1]:,}")
-    cases, theirs = [], step(peer, together)
+    theirs = step(peer, together)
     for window, batches, label in (
         ("30s", together, "both in 30 s"),
         ("30s", by_length, "both in 30 s, ours by length"),
@@ -381,14 +474,25 @@ def training_cases(size: str, ours: LLaST, peer: Peer, device, times: int) -> li
         mine = step(in_window(ours, window), batches)
         if window == "30s":
             same("loss", mine(), theirs(), ours.llm.lm_head.weight.dtype)
-        case = f"training step, 8 clips, {label}"
-        cases.append(compare(size, case, mine, theirs, device, times))
-    return cases
+        phases = [training_phase(ours, window, batch) for batch in batches]
+        bench.compare(f"training step, 8 clips, {label}", mine, theirs, phases)
 
 
-def translation_cases(size: str, ours: LLaST, peer: Peer, device, times: int) -> list[Result]:
+def training_phase(model: LLaST, window: str, batch: Batch) -> Phase:
+    """Without padding and without recomputed activations, counted as train.py --plan counts."""
+    W, L = model.speech_encoder.config, model.llm.config
+    ranks = {"encoder_rank": model.config.encoder_rank, "llm_rank": model.config.llm_rank}
+    settings = replace(PRESETS["tiny"], **ranks)
+    flops = 0.0
+    for audio, P in zip(batch.audio, batch.positions, strict=True):
+        S = W.max_source_positions if window == "30s" else n_states(len(audio))
+        flops += example_flops(settings, W, L, S, P)
+    return Phase(flops, 2 * bytes_of(model))  # forwards and backwards
+
+
+def translation_cases(bench: Bench, ours: LLaST, peer: Peer):
     prompt, _ = row_of(ours.llm.config.vocab_size, 0)
-    ids = torch.tensor(prompt, device=device)
+    ids = torch.tensor(prompt, device=bench.device)
     exact = ours.llm.lm_head.weight.dtype == torch.float32
 
     @torch.inference_mode()
@@ -397,32 +501,52 @@ def translation_cases(size: str, ours: LLaST, peer: Peer, device, times: int) ->
         found = beam_search(model.llm, rows, [EOS], 5, 1.0, ANSWER)
         return [best.ids for best, *_ in found]
 
-    cases = []
     for n, window, label in (
         (1, "30s", "both in 30 s"),
         (1, "clip", "ours at its length"),
         (4, "30s", "both in 30 s"),
         (16, "clip", "ours at their lengths"),
+        *([(32, "clip", "ours at their lengths")] if bench.device.type == "cuda" else []),
     ):
         audio = [noise(MIXED[i % len(MIXED)], i) for i in range(n)]
         model = in_window(ours, window)
         if window == "30s" and exact and run(model, audio) != peer.translate(audio, ids, ANSWER):
             raise SystemExit(f"{n} clips: ours and the peer's beams found other answers")
-        cases.append(
-            compare(
-                size, f"5 beams, {n} clip{'s'[: n > 1]}, {label}",
-                lambda model=model, audio=audio: run(model, audio),
-                lambda audio=audio: peer.translate(audio, ids, ANSWER), device, times,
-            )
-        )  # fmt: skip
-    return cases
+        bench.compare(
+            f"5 beams, {n} clip{'s'[: n > 1]}, {label}",
+            lambda model=model, audio=audio: run(model, audio),
+            lambda audio=audio: peer.translate(audio, ids, ANSWER),
+            translation_phases(model, window, audio),
+        )
+
+
+def translation_phases(model: LLaST, window: str, audio: list[Tensor]) -> list[Phase]:
+    """Encoder, prompts, then steps of 5 beams that go on to the longest answer allowed."""
+    W, L, head = model.speech_encoder.config, model.llm.config, bytes_of(model.llm.lm_head)
+    states = [n_states(len(clip)) for clip in audio]
+    heard = [W.max_source_positions] * len(audio) if window == "30s" else states
+    prompts = [S + PROMPT - 1 for S in states]
+    weights = bytes_of(model.llm.model.layers) + head
+    kv = 2 * L.num_hidden_layers * L.num_key_value_heads * L.head_dim
+    kv *= model.llm.lm_head.weight.element_size()
+    word = 2 * L.hidden_size * L.vocab_size
+    middle = ANSWER // 2  # answers of half the length stand for the growing ones
+    return [
+        encoder_phase(model, heard),
+        Phase(sum(sum(llm_flops(L, P)) + word for P in prompts), weights),
+        Phase(
+            sum(sum(llm_flops(L, 5, P + middle)) + 5 * word for P in prompts),
+            weights + sum(P + 5 * middle for P in prompts) * kv,
+            times=ANSWER - 1,
+        ),
+    ]
 
 
 @torch.inference_mode()
-def prefill_case(size: str, ours: LLaST, peer: Peer, device, times: int) -> Result:
+def prefill_case(bench: Bench, ours: LLaST, peer: Peer):
     """The LLM over the speech of 5 s and a prompt; the vocabulary only at the last position."""
     D, dtype = ours.llm.config.hidden_size, ours.llm.lm_head.weight.dtype
-    x = torch.randn(1, 250 + PROMPT, D).to(device, dtype)
+    x = torch.randn(1, 250 + PROMPT, D).to(bench.device, dtype)
 
     def mine():
         return ours.llm.logits(ours.llm.hidden(x)[0][:, -1])
@@ -431,13 +555,15 @@ def prefill_case(size: str, ours: LLaST, peer: Peer, device, times: int) -> Resu
         return peer.llm(inputs_embeds=x, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     same("prefill", mine(), theirs(), dtype)
-    return compare(size, "LLM over 5 s of speech and the prompt", mine, theirs, device, times)
+    L, weights = ours.llm.config, bytes_of(ours.llm.model.layers) + bytes_of(ours.llm.lm_head)
+    phase = Phase(sum(llm_flops(L, 250 + PROMPT)) + 2 * D * L.vocab_size, weights)
+    bench.compare("LLM over 5 s of speech and the prompt", mine, theirs, [phase])
 
 
-def test_set(ours: LLaST, peer: Peer, device, n: int) -> Result:
+def test_set(bench: Bench, ours: LLaST, peer: Peer, n: int):
     """The first n clips of the embedded test set from files to texts, one pass each."""
     rows = read_corpus(ROOT / "tiny" / "corpus", "fr", "en")[0]["test"][:n]
-    ids = torch.tensor([1, 5, AUDIO_ID, 7], device=device)
+    ids = torch.tensor([1, 5, AUDIO_ID, 7], device=bench.device)
 
     def mine():
         translate(in_window(ours, "clip"), [row.path for row in rows], max_new_tokens=ANSWER)
@@ -449,37 +575,27 @@ def test_set(ours: LLaST, peer: Peer, device, n: int) -> Result:
             peer.translate(audio, ids, ANSWER)
 
     case = f"{n} test clips from file to text, ours at their lengths"
-    return compare("tiny", case, mine, theirs, device, 1)
+    bench.compare(case, mine, theirs, [], 1)
 
 
-def run_size(size: str, device, dtype, times: int) -> list[Result]:
+def run_size(bench: Bench, dtype: torch.dtype):
+    size, device = bench.size, bench.device
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        if size == "tiny":
-            bases, ranks = (ROOT / "tiny" / "whisper", ROOT / "tiny" / "llama"), (16, 16)
-        else:
-            W, L, *ranks = SIZES[size]
-            random_bases(folder, W, L, dtype)
-            bases = folder / "whisper", folder / "llama"
-        config = LLaSTConfig(
-            *map(str, bases), "llama2", "30s", ranks[0], 2.0 * ranks[0], ranks[1], 2.0 * ranks[1],
-            dropout=0.0, directions=("fr-en",),
-        )  # fmt: skip
-        ours = build_ours(config, device, dtype)
+        ours = build_ours(size, folder, device, dtype)
         out = adapters(ours, folder)
-        results = [mel_case(size, device, times)]
+        mel_case(bench)
         ours.train()
         peer = Peer(ours, out, merged=False).train()
-        results += training_cases(size, ours, peer, device, times)
+        training_cases(bench, ours, peer)
         del peer
         merge_lora(ours.eval())
         peer = Peer(ours, out, merged=True).eval()
-        results += encoder_cases(size, ours, peer, device, times)
-        results.append(prefill_case(size, ours, peer, device, times))
-        results += translation_cases(size, ours, peer, device, times)
+        encoder_cases(bench, ours, peer)
+        prefill_case(bench, ours, peer)
+        translation_cases(bench, ours, peer)
         if size == "tiny":
-            results.append(test_set(ours, peer, device, 48))
-        return results
+            test_set(bench, ours, peer, 48)
 
 
 def main():
@@ -492,34 +608,53 @@ def main():
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)  # theirs, about their own names
     torch.manual_seed(0)
     print(f"{reason}, torch {torch.__version__}, transformers {transformers.__version__}, peft "
           f"{peft.__version__}; median of {args.times}\n\n{HEADER}")  # fmt: skip
-    results = [r for size in args.sizes for r in run_size(size, device, dtype, args.times)]
+    machine, results = measure_machine(device, dtype), []
+    for size in args.sizes:
+        bench = Bench(size, device, machine, args.times)
+        run_size(bench, dtype)
+        results += bench.results
     about = {"device": reason, "torch": torch.__version__, "peft": peft.__version__,
              "transformers": transformers.__version__, "date": time.strftime("%Y-%m-%d"),
-             "times": args.times}  # fmt: skip
+             "times": args.times, "machine": machine.__dict__}  # fmt: skip
     lines = [r.__dict__ | {"ratio": round(r.ratio, 3)} for r in results]
     args.json.write_text(json.dumps(about | {"results": lines}, indent=2) + "\n")
     write_table(results, about)
 
 
 def write_table(results: list[Result], about: dict):
-    """Put the results into README.md, below what stands there for good."""
-    page = Path(__file__).parent / "README.md"
-    above, mark, _ = page.read_text().partition("<!-- results -->\n")
-    rows = [
+    machine = about["machine"]
+    lines = [
         f"{about['date']}, {about['device']}, torch {about['torch']}, transformers "
-        f"{about['transformers']}, peft {about['peft']}, median of {about['times']}:\n",
-        "| size | case | ours, ms | peer, ms | peer : ours | spread | peak MB, ours : peer |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"{about['transformers']}, peft {about['peft']}, median of {about['times']}. Measured "
+        f"here: {machine['flops'] / 1e9:,.0f} GFLOP/s for a large matrix product, "
+        f"{machine['bytes'] / 1e9:,.0f} GB/s read and written by a large copy.\n",
+        "| size | case | ours, ms | peer, ms | peer : ours | spread | peak MB, ours : peer "
+        "| limit, ms | reached |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in results:
-        rows.append(
+        known = r.limit is not None
+        lines.append(
             f"| {r.size} | {r.case} | {1e3 * r.ours:,.1f} | {1e3 * r.peer:,.1f} | {r.ratio:.2f} "
-            f"| {r.spread:.0%} | {r.ours_memory / 1e6:,.0f} : {r.peer_memory / 1e6:,.0f} |"
+            f"| {r.spread:.0%} | {r.ours_memory / 1e6:,.0f} : {r.peer_memory / 1e6:,.0f} "
+            f"| {f'{1e3 * r.limit:,.1f}' if known else ''} "
+            f"| {f'{r.limit / r.ours:.0%}' if known else ''} |"
         )
-    page.write_text(above + mark + "\n".join(rows) + "\n")
+    write_below("results", lines)
+
+
+def write_below(mark: str, lines: list[str]):
+    """Put lines into README.md between <!-- mark --> and <!-- end of mark -->."""
+    page = Path(__file__).parent / "README.md"
+    above, begin, rest = page.read_text().partition(f"<!-- {mark} -->\n")
+    _, end, below = rest.partition(f"<!-- end of {mark} -->")
+    if not begin or not end:
+        raise SystemExit(f"{page} has no place for {mark}")
+    page.write_text(above + begin + "\n".join(lines) + "\n" + end + below)
 
 
 if __name__ == "__main__":
