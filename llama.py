@@ -39,13 +39,15 @@ class Cache:
         room = self.layers[0][0].shape[2]
         if self.length + n > room:
             more = max(n, room // 2)
-            self.layers = [
-                (F.pad(k, (0, 0, 0, more)), F.pad(v, (0, 0, 0, more))) for k, v in self.layers
-            ]
+            self.replace(lambda x: F.pad(x, (0, 0, 0, more)))
 
     def keep(self, rows: list[int]):
         """Go on with these rows of the batch, in this order."""
-        self.layers = [(k[rows], v[rows]) for k, v in self.layers]
+        self.replace(lambda x: x[rows])
+
+    def replace(self, change):
+        for i, (k, v) in enumerate(self.layers):  # in turn, so that no two whole caches are held
+            self.layers[i] = change(k), change(v)
 
 
 @dataclass(frozen=True)

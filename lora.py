@@ -77,11 +77,16 @@ def lora_layers(module: nn.Module) -> list[LoRALinear]:
     return [layer for layer in module.modules() if isinstance(layer, LoRALinear)]
 
 
-def merge_lora(module: nn.Module):
-    """Fold every A and B into its weight: the same outputs, at the cost of a plain linear layer."""
+def merge_lora(module: nn.Module, for_good: bool = False):
+    """Fold every A and B into its weight: the same outputs, at the cost of a plain linear layer.
+
+    `for_good` lets go of A and B, which take gigabytes at the paper's ranks.
+    """
     for layer in lora_layers(module):
         if not layer.merged:
             layer.fold(1)
+        if for_good:
+            layer.lora_A = layer.lora_B = None
 
 
 def unmerge_lora(module: nn.Module):

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from whisper_encoder import WINDOWS, WhisperConfig, WhisperEncoder
 
 HERE = Path(__file__).parent
 RECOMPUTE = ("none", "llm", "all")
+LESS = "a smaller --batch with a larger --accumulate, --recompute all or --trim need less"
 DEV_CLIPS = 500  # of each direction: all of CoVoST-2's would take hours to score
 
 
@@ -168,6 +170,7 @@ COVOST_TRAIN = {  # CoVoST-2's training rows and hours by language spoken; Engli
     "ja": (1_119, 1), "id": (1_243, 1), "cy": (1_241, 2), "en": (289_430, 430),
 }  # fmt: skip
 TEXT, ANSWER = 60, 30  # tokens assumed in a row: prompt and answer, and the answer alone
+CLIPS = 16  # translated at once
 FLOPS, SHARE = 989e12, 0.4  # an H100's bf16 rate by its data sheet, and the share counted on
 
 
@@ -242,6 +245,23 @@ def activation_bytes(settings, W: WhisperConfig, L: LlamaConfig, B: int, S: int,
     )  # logits in bf16, in float32, and their gradient
 
 
+def translation_bytes(settings: Preset, W: WhisperConfig, L: LlamaConfig, S: int, P: int) -> int:
+    """What it takes to translate CLIPS at once beside the weights, in bf16.
+
+    The most of three: a layer of the encoder; the last layer that reads the prompts, with the keys
+    and values of all; the steps, with room for more of them and the logits.
+    """
+    F, D, kv = L.intermediate_size, L.hidden_size, L.num_key_value_heads * L.head_dim
+    encoder = 2 * CLIPS * S * (2 * W.encoder_ffn_dim + 3 * W.d_model)
+    position = 2 * 2 * L.num_hidden_layers * kv  # keys and values
+    prompts = CLIPS * P * (position + 2 * (3 * F + 6 * D))
+    room = P  # it grows as llama.Cache lets it grow
+    while room < P + settings.beams * ANSWER:
+        room += max(settings.beams, room // 2)
+    steps = CLIPS * (position * room + 14 * settings.beams * L.vocab_size)
+    return max(encoder, prompts, steps)
+
+
 def example_flops(settings: Preset, W: WhisperConfig, L: LlamaConfig, S: int, P: int) -> float:
     """Multiplications and additions of one training example of S encoder states and P positions.
 
@@ -250,11 +270,8 @@ def example_flops(settings: Preset, W: WhisperConfig, L: LlamaConfig, S: int, P:
     """
     convolutions, in_encoder, attention = encoder_flops(W, S)  # no gradient goes to the first
     in_llm, causal = llm_flops(L, P)
-    encoder_lora, llm_lora = lora_size(settings, W, L)
-    encoder_lora, llm_lora = (
-        2 * S * W.encoder_layers * encoder_lora,
-        2 * P * L.num_hidden_layers * llm_lora,
-    )
+    encoder_lora, llm_lora = (2 * n for n in lora_size(settings, W, L))  # a position, a layer
+    encoder_lora, llm_lora = S * W.encoder_layers * encoder_lora, P * L.num_hidden_layers * llm_lora
     frozen = in_encoder + in_llm + 2 * ANSWER * L.hidden_size * L.vocab_size
     trained = encoder_lora + llm_lora + projector_flops(W, L, P - TEXT)
     again = in_llm + causal + llm_lora if settings.recompute != "none" else 0
@@ -292,6 +309,10 @@ def print_plan(settings: Preset):
     print("memory on one GPU                    GB")
     for label, size in (memory | {"all": sum(memory.values())}).items():
         print(f"    {label:29}{size / 1e9:6.2f}")
+    projector = sum(p.numel() for p in model.projector.parameters())
+    translating = 2 * frozen + 4 * projector  # LoRA is merged
+    translating += translation_bytes(settings, W, L, S, P - ANSWER)
+    print(f"    {'to translate, ' + str(CLIPS) + ' clips at once':29}{translating / 1e9:6.2f}")
     flops = example_flops(settings, W, L, S, P)
     hours = n * settings.epochs * flops / (FLOPS * SHARE) / 3600
     print(
@@ -441,6 +462,15 @@ def set_up_layers(model: LLaST, recompute: str, compiled: bool):
             layer.compile(dynamic=True)  # in place: the names of the weights stay
 
 
+@contextmanager
+def phase(what: str, less: str):
+    """A lack of memory is told with the part of the run where it came, and what needs less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(f"out of memory {what}; {less}: {error}") from error
+
+
 class Pace:
     """How fast an epoch goes, and how much of it is lost to padding and to waiting for data."""
 
@@ -520,12 +550,15 @@ def train(model: LLaST, batches: Batches, dev: Batches, settings: Preset, out: P
             tokens = sum(int((batch.labels >= 0).sum()) for batch in loaded)
             total = 0.0
             for batch in loaded:
-                loss = model(batch).sum() / tokens
-                loss.backward()
+                asked = f"on a batch of {len(batch.audio)} rows of {max(batch.positions)} positions"
+                with phase(f"in training, {asked}", LESS):
+                    loss = model(batch).sum() / tokens
+                    loss.backward()
                 total += loss.item()
             grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
             lr = schedule.get_last_lr()[0]
-            optimizer.step()
+            with phase("in a step of the optimizer", LESS):
+                optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -537,7 +570,9 @@ def train(model: LLaST, batches: Batches, dev: Batches, settings: Preset, out: P
             log(out, line | {"grad_norm": round(grad_norm, 4)} | pace.figures())
         speed = str(pace)  # before the dev clips take their time
         model.save_pretrained(out)
-        line = {"step": done, "epoch": epoch + 1, "dev_loss": round(dev_loss(model, dev), 4)}
+        with phase("on the dev clips", "a smaller --batch needs less"):
+            loss = dev_loss(model, dev)
+        line = {"step": done, "epoch": epoch + 1, "dev_loss": round(loss, 4)}
         for direction, rows in by_direction(dev.rows).items():
             line[f"dev_bleu {direction}"] = score_rows(model, rows, beams=1)["bleu"]
         log(out, line)
@@ -604,7 +639,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"{label:11} {short(path)}")
 
     splits = read_all(settings, args.clips)
-    model = LLaST.fresh(model_config(settings), dtype, device)
+    with phase("while loading the models", "smaller ones (--encoder, --llm) need less"):
+        model = LLaST.fresh(model_config(settings), dtype, device)
     set_up_layers(model, settings.recompute, args.compile)
     print_parts(model)
     drawn = model.tokenizer, settings.template, settings.batch, args.seed
@@ -636,8 +672,7 @@ def main() -> int:
         print("\nstopped before the training began", file=sys.stderr)
         return 130
     except torch.OutOfMemoryError as error:
-        less = "a smaller --batch with a larger --accumulate, --recompute or --trim need less"
-        print(f"train.py: out of memory in training; {less}: {error}", file=sys.stderr)
+        print(f"train.py: {error}", file=sys.stderr)
         return 2
     except (ValueError, FileNotFoundError) as error:
         print(f"train.py: {error}", file=sys.stderr)

@@ -758,7 +758,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"no --model given: using the newest, {folder}", file=sys.stderr)
     device, dtype, _ = pick_device()
     model = LLaST.from_pretrained(folder, args.encoder, args.llm, device, dtype)
-    merge_lora(model)
+    merge_lora(model, for_good=True)
     how = {
         "beams": args.beams,
         "length_penalty": args.length_penalty,

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import llast
 import toys
@@ -148,6 +150,44 @@ def test_another_clip_of_the_same_length_gives_another_loss(bases):
 
 
 # ---------------------------------------------------------------------------------- what is trained
+
+
+def test_attention_in_training_needs_no_mask(bases, monkeypatch):
+    """With a mask there is no flash kernel on a GPU."""
+    model, asked = trained_model(bases, window="30s"), []
+    attend = F.scaled_dot_product_attention
+
+    def seen(q, k, v, attn_mask=None, is_causal=False, **how):
+        asked.append((attn_mask, is_causal))
+        return attend(q, k, v, attn_mask=attn_mask, is_causal=is_causal, **how)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
+    model(batch_of(ROWS))
+    assert asked == [(None, False)] * 2 + [(None, True)] * 2  # encoder and LLM have two layers each
+
+
+KERNELS = {"MATH": 2, "FLASH_ATTENTION": 2, "CUDNN_ATTENTION": 2, "EFFICIENT_ATTENTION": 4}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels are those of CUDA")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_each_attention_kernel_takes_the_shapes_of_training(tmp_path, kernel):
+    toys.whisper_folder(tmp_path / "whisper", d_model=64, encoder_attention_heads=4)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": KERNELS[kernel], "head_dim": 16}
+    toys.llama_folder(tmp_path / "llama", hidden_size=64, **heads)
+    config = config_for(tmp_path, window="30s", dropout=0.0)
+    model = LLaST.fresh(config, torch.bfloat16, "cuda").train()
+    found = []
+    for name in (kernel, "MATH"):
+        with sdpa_kernel(SDPBackend[name]):  # refuses the shapes with an error if it must
+            loss = model(batch_of(ROWS))
+            loss.sum().backward()
+        grads = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+        model.zero_grad()
+        found.append((loss.detach(), torch.cat([grad.flatten() for grad in grads])))
+    (loss, grads), (expected, by_math) = found
+    torch.testing.assert_close(loss, expected, rtol=0.05, atol=0.05)
+    assert (grads - by_math).norm() < 0.1 * by_math.norm()
 
 
 def test_gradients_reach_the_projector_and_both_loras_and_nothing_else(bases):

@@ -162,6 +162,16 @@ def test_merged_lora_gives_the_same_outputs(case):
 
 
 @torch.no_grad()
+def test_merged_for_good_lora_lets_go_of_a_and_b(case):
+    model, targets, x = case
+    add_trained_lora(model, targets)
+    unmerged = model(x)
+    merge_lora(model, for_good=True)
+    assert_close(model(x), unmerged)
+    assert not [name for name, _ in model.named_parameters() if "lora_" in name]
+
+
+@torch.no_grad()
 def test_a_merged_layer_is_a_plain_linear_layer_with_another_weight():
     linear = torch.nn.Linear(6, 5)
     before = linear.weight.clone()

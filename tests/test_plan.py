@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import toys
 import train
 from data import AUDIO_ID, IGNORE, Batch
 from llast import LLaST, LLaSTConfig
+from lora import merge_lora
+from translate import beam_search
 
 # Published by the paper's configurations: facts of the system, not of this code.
 COUNTS = {
@@ -141,6 +146,40 @@ def test_activations_are_what_the_backward_pass_keeps(built, dropout, recompute)
         assert measured < planned < more
     else:
         assert loss.isfinite() and measured == pytest.approx(planned, rel=0.1)
+
+
+class Live(TorchDispatchMode):
+    """The most bytes held at once by tensors that were made inside."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.held, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self.weights:
+                    self.held[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        self.held = {k: held for k, held in self.held.items() if not held[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.held.values()))
+        return out
+
+
+@pytest.mark.parametrize("beams", [5, 80])  # the prompts take the most, or the steps
+def test_translating_takes_the_memory_that_is_planned(built, monkeypatch, beams):
+    monkeypatch.setattr(train, "CLIPS", B)
+    settings, model, batch = built(times=8, beams=beams)
+    merge_lora(model.eval())
+    ids = batch.ids[0, : train.TEXT - train.ANSWER]
+    with torch.no_grad(), Live(model) as live:
+        prompts = [model.splice(ids, heard) for heard in model.encode_speech(batch.audio)]
+        beam_search.__wrapped__(model.llm, prompts, [-1], beams, 1.0, train.ANSWER)
+    W, L = model.speech_encoder.config, model.llm.config
+    planned = train.translation_bytes(settings, W, L, S, P - train.ANSWER)
+    assert live.peak == pytest.approx(planned, rel=0.1)
 
 
 @pytest.mark.parametrize("recompute", train.RECOMPUTE)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import data
 import train
+from data import Batch
 from llast import LLaST
 from translate import translate
 
@@ -155,13 +156,53 @@ def test_a_clip_that_breaks_after_the_start_is_left_out_and_named(
 
 
 def test_out_of_memory_names_the_flags_that_help(monkeypatch, corpus, tmp_path, capsys):
-    def too_much(model, batch):
+    def too_much(*_):
         raise torch.OutOfMemoryError("tried to allocate 80 GiB")
 
-    monkeypatch.setattr(LLaST, "forward", too_much)
-    assert run(monkeypatch, *flags_for(corpus, tmp_path / "run")) == 2
-    told = capsys.readouterr().err
-    assert "--batch" in told and "--recompute" in told and "80 GiB" in told
+    for where, name, phase, flag in (
+        (torch.optim.AdamW, "step", "in a step of the optimizer", "--batch"),
+        (LLaST, "forward", "in training, on a batch of", "--recompute all"),
+        (LLaST, "fresh", "while loading the models", "--llm"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, too_much)
+            assert run(patch, *flags_for(corpus, tmp_path / name)) == 2
+        told = capsys.readouterr().err
+        assert phase in told and flag in told and "80 GiB" in told
+
+
+def test_what_is_made_ahead_comes_in_order_and_one_item_early():
+    made = []
+
+    def items():
+        for i in range(4):
+            made.append(i)
+            yield i
+
+    for i, (item, waited) in enumerate(train.ahead(items())):
+        time.sleep(0.05)  # as long as a step: now the thread has had its time
+        assert item == i and waited < 0.05 and made == list(range(min(i + 2, 4)))
+
+
+def test_what_goes_wrong_ahead_is_raised_where_it_is_used():
+    def items():
+        yield 1
+        raise ValueError("a broken table")
+
+    found = train.ahead(items())
+    assert next(found)[0] == 1
+    with pytest.raises(ValueError, match="a broken table"):
+        next(found)
+
+
+def test_the_pace_says_what_is_lost_to_padding():
+    audio = [torch.zeros(16_000), torch.zeros(32_001)]  # 50 states, and 101: one is begun
+    rows = torch.zeros(2, 11, dtype=torch.long)
+    pace = train.Pace()
+    pace.add([Batch(audio, rows, rows, torch.tensor([11, 9]))], waited=0.0)
+    assert (pace.clips, pace.positions, pace.padded) == (2, 60 + 109, 2 * 109)
+    assert pace.figures()["padding"] == round(1 - 169 / 218, 3)
+    assert "22% padding, 0% waiting for data" in str(pace)
 
 
 def test_ctrl_c_leaves_a_model_that_works(corpus, tmp_path):
