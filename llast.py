@@ -169,6 +169,11 @@ class LLaST(nn.Module):
         logits = self.llm.logits(hidden[:, :-1][is_asked])  # the whole vocabulary only where asked
         return F.cross_entropy(logits.float(), following[is_asked], reduction="none")
 
+    def compile_layers(self):
+        """Compile each layer in place, for any shape: slow at first, then faster."""
+        for layer in (*self.speech_encoder.layers, *self.llm.model.layers):
+            layer.compile(dynamic=True)
+
     def trained(self) -> dict[str, Tensor]:
         """The tensors that training changes: both LoRAs and the projector."""
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}

@@ -453,15 +453,6 @@ def refuse_what_is_there(out: Path):
     raise ValueError(f"{out} {what}; name another folder with --out, or remove it")
 
 
-def set_up_layers(model: LLaST, recompute: str, compiled: bool):
-    """Whose activations are computed again for the gradient, and whether layers are compiled."""
-    model.speech_encoder.recompute = recompute == "all"
-    model.llm.recompute = recompute != "none"
-    if compiled:
-        for layer in (*model.speech_encoder.layers, *model.llm.model.layers):
-            layer.compile(dynamic=True)  # in place: the names of the weights stay
-
-
 @contextmanager
 def phase(what: str, less: str):
     """A lack of memory is told with the part of the run where it came, and what needs less."""
@@ -641,7 +632,10 @@ def run(args: argparse.Namespace) -> int:
     splits = read_all(settings, args.clips)
     with phase("while loading the models", "smaller ones (--encoder, --llm) need less"):
         model = LLaST.fresh(model_config(settings), dtype, device)
-    set_up_layers(model, settings.recompute, args.compile)
+    model.speech_encoder.recompute = settings.recompute == "all"
+    model.llm.recompute = settings.recompute != "none"
+    if args.compile:
+        model.compile_layers()
     print_parts(model)
     drawn = model.tokenizer, settings.template, settings.batch, args.seed
     batches = Batches(splits["train"], settings.asr, *drawn)

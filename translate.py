@@ -670,6 +670,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=HERE / "tiny" / "corpus",
         help="corpus that --test reads [the embedded one]",
     )
+    add("--compile", action="store_true", help="compile each layer: slow at first, then faster")
     add("--stats", action="store_true", help="print time, arithmetic, memory and energy at the end")
     add("--encoder", type=Path, help="where the encoder's folder is now, if it has moved")
     add("--llm", type=Path, help="where the LLM's folder is now, if it has moved")
@@ -759,6 +760,8 @@ def run(args: argparse.Namespace) -> int:
     device, dtype, _ = pick_device()
     model = LLaST.from_pretrained(folder, args.encoder, args.llm, device, dtype)
     merge_lora(model, for_good=True)
+    if args.compile:
+        model.compile_layers()
     how = {
         "beams": args.beams,
         "length_penalty": args.length_penalty,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -228,3 +229,50 @@ def test_a_short_run_of_both_tasks_reaches_every_trained_tensor(monkeypatch, cor
     assert run(monkeypatch, *flags_for(corpus, tmp_path / "run")) == 0
     weights = load_file(tmp_path / "run" / "llast.safetensors")
     assert all(tensor.abs().sum() > 0 for name, tensor in weights.items() if "lora_B" in name)
+
+
+# ----------------------------------------------------------------------------------------- compiled
+
+
+@pytest.fixture
+def in_pairs():
+    """The embedded default with one layer in each part, twice; the second is compiled."""
+    if not shutil.which("g++"):
+        pytest.skip("to compile for a CPU takes g++")
+    settings, pair = train.PRESETS["tiny"], []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = LLaST.fresh(train.model_config(settings))
+        for part in (model.speech_encoder, model.llm.model):
+            del part.layers[1:]  # compiling takes seconds a layer
+        for tensor in model.trained().values():
+            tensor.add_(0.01 * torch.randn_like(tensor))
+        pair.append(model)
+    pair[1].compile_layers()
+    rows = train.read_corpus(settings.data, "fr", "en")[0]["dev"]
+    return *pair, rows[:12]
+
+
+def test_compiled_layers_give_the_same_loss_and_gradients(in_pairs):
+    """Within 1e-4, for they add in another order."""
+    *pair, rows = in_pairs
+    found = []
+    for model in pair:
+        batches = train.Batches(rows, 0.5, model.tokenizer, "llama2", 600, seed=0)
+        losses = torch.cat([model.train()(batches.load(group)) for group in batches.groups(0)])
+        losses.sum().backward()
+        found.append((losses, [p.grad for p in model.parameters() if p.requires_grad]))
+    (loss, plain), (again, compiled) = found
+    torch.testing.assert_close(again, loss, rtol=1e-4, atol=1e-4)
+    for before, after in zip(plain, compiled, strict=True):
+        assert before.any() and (before - after).norm() <= 1e-4 * before.norm()
+
+
+def test_compiled_layers_find_the_same_answers(in_pairs):
+    *pair, rows = in_pairs
+    paths = [row.path for row in rows]
+    plain, compiled = (translate(model.eval(), paths, max_new_tokens=9) for model in pair)
+    assert [result.text for result in plain] == [result.text for result in compiled]
+    assert [result.score for result in compiled] == pytest.approx(
+        [result.score for result in plain], abs=2e-4
+    )
