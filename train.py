@@ -568,7 +568,7 @@ def train(model: LLaST, batches: Batches, dev: Batches, settings: Preset, out: P
             line[f"dev_bleu {direction}"] = score_rows(model, rows, beams=1)["bleu"]
         log(out, line)
         scores = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in line.items() if "dev" in k)
-        tqdm.write(f"epoch {epoch + 1} of {settings.epochs}: {scores} (one beam); {speed}")
+        tqdm.write(f"epoch {epoch + 1} of {settings.epochs}: {scores} (one beam)\n    {speed}")
         show_samples(model, dev.rows)
     bar.close()
 
