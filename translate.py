@@ -11,7 +11,6 @@ are sacreBLEU's, and word error rates counted here: tests/test_scores.py.
 import argparse
 import ctypes
 import json
-import resource
 import sys
 import time
 from collections import defaultdict
@@ -26,6 +25,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
+
+try:
+    import resource
+except ImportError:  # not on Windows; there the memory of a process stays unknown
+    resource = None
 
 from data import (
     MAX_SECONDS,
@@ -253,8 +257,9 @@ def ids_of_prompt(model: LLaST, task: str, source: str, target: str) -> Tensor:
 def answers_to(model: LLaST, ids: Tensor, heard: list, positions, how: tuple) -> list[list[dict]]:
     """Text and score of the answers to each of `heard`, best first.
 
-    `positions` makes of a list of what was heard what takes its place in the prompt, (S, D) each. A
-    batch that does not fit into memory is done in halves, with the same result.
+    `positions` makes of a list of what was heard what takes its place in the prompt, (S, D) each;
+    `how` is what beam_search takes after the ends. A batch that does not fit into memory is done in
+    halves, with the same result.
     """
     ends = {*model.tokenizer.eos_ids, end_id(model.config.template, model.tokenizer)}
     try:
@@ -285,9 +290,9 @@ def translate(
 ) -> list[Translation]:
     """Translate (task "st") or transcribe ("asr") audio files of any length, in the order given.
 
-    Task "cascade" transcribes, then translates the transcript: the way that has no need of LLaST,
-    for comparison. A clip that cannot be used gets an `error` and an empty text; the others are not
-    touched by it. Of a clip over 30 s only the best answer is kept, joined from its pieces'.
+    Task "cascade" transcribes and then translates the transcript, to compare with. A clip that
+    cannot be used gets an `error` and an empty text; the others are not touched by it. Of a clip
+    over 30 s only the best answer is kept, joined from those of its pieces.
     """
     spoken = "asr" if task == "cascade" else task
     ids, how = ids_of_prompt(model, spoken, source, target), (beams, length_penalty, max_new_tokens)
@@ -377,11 +382,10 @@ class Meter:
     def __exit__(self, *_):
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            unit = 1 if sys.platform == "darwin" else 1024
-            peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        self.peak = max(self.peak, peak)
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated())
+        elif resource:
+            unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes on Linux
+            self.peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self.seconds += time.perf_counter() - self.began
         if self.joules is not None:
             self.joules += gpu_joules() - self.joules_before
@@ -398,7 +402,7 @@ class Meter:
             "real_time_factor": round(self.seconds / max(audio, 1e-9), 4),
             "tokens_per_second": round(self.tokens / self.seconds, 1),
             "tflop": round(self.flops / 1e12, 4),
-            "peak_gb": round(self.peak / 1e9, 3),
+            "peak_gb": round(self.peak / 1e9, 3) if self.peak else None,
             "joules": None if self.joules is None else round(self.joules, 1),
         }
 
@@ -727,13 +731,14 @@ def show_cost(cost: dict[str, float | None], as_json: bool):
     if as_json:
         print(json.dumps(cost), file=sys.stderr)
         return
+    memory = "no counter here" if not cost["peak_gb"] else f"{cost['peak_gb']:,.2f} GB at its peak"
     energy = "no counter here" if cost["joules"] is None else f"{cost['joules']:,.0f} J"
     print(
         f"audio       {cost['audio_seconds']:,.1f} s in {cost['clips']} clips\n"
         f"time        {cost['seconds']:,.2f} s, {cost['real_time_factor']:.3f} of real time\n"
         f"answers     {cost['tokens_per_second']:,.0f} tokens a second\n"
         f"arithmetic  {cost['tflop']:,.3f} TFLOP\n"
-        f"memory      {cost['peak_gb']:,.2f} GB at its peak\n"
+        f"memory      {memory}\n"
         f"energy      {energy}",
         file=sys.stderr,
     )

@@ -513,7 +513,7 @@ def test_json_has_an_object_for_each_clip(command, quick, clips):
     assert code == 1
 
 
-def test_stats_say_on_stderr_what_it_cost(command, quick, clips):
+def test_stats_say_on_stderr_what_it_cost(command, quick, clips, monkeypatch):
     code, lines, err = command(*quick, "--stats", *good(clips))
     assert code == 0 and len(lines) == len(good(clips))
     assert [line.split()[0] for line in err.splitlines()] == [
@@ -525,6 +525,9 @@ def test_stats_say_on_stderr_what_it_cost(command, quick, clips):
     assert cost["clips"] == 5 and cost["audio_seconds"] == pytest.approx(1.8)
     assert cost["real_time_factor"] == pytest.approx(cost["seconds"] / 1.8, rel=0.01)
     assert cost["tflop"] >= 0 and cost["tokens_per_second"] > 0 and cost["peak_gb"] > 0
+    monkeypatch.setattr(translate, "resource", None)  # as on Windows
+    _, _, err = command(*quick, "--stats", clips / "good0.wav")
+    assert "memory      no counter here" in err
 
 
 def test_n_best_prints_as_many_lines_with_their_scores(command, quick, clips):
