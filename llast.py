@@ -171,6 +171,10 @@ class LLaST(nn.Module):
 
     def compile_layers(self):
         """Compile each layer in place, for any shape: slow at first, then faster."""
+        if self.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+            raise ValueError("--compile on a CPU needs a C++ compiler, and there is no g++")
+        # Training and use, one clip and many, with padding and without: each is compiled once.
+        torch._dynamo.config.recompile_limit = 64
         for layer in (*self.speech_encoder.layers, *self.llm.model.layers):
             layer.compile(dynamic=True)
 
@@ -291,7 +295,8 @@ def llm_flops(L: LlamaConfig, T: int, past: int = 0) -> tuple[int, int]:
     D, layers, q = L.hidden_size, L.num_hidden_layers, L.num_attention_heads * L.head_dim
     kv = L.num_key_value_heads * L.head_dim
     linears = 2 * T * layers * (2 * D * q + 2 * D * kv + 3 * D * L.intermediate_size)
-    return linears, 4 * layers * q * (T * past + T * T // 2)  # half of the T x T is never seen
+    seen = T * past + T * (T + 1) // 2  # positions before it and itself, of each of the T
+    return linears, 4 * layers * q * seen
 
 
 # ---------------------------------------------------------------------------- to and from elsewhere

@@ -80,7 +80,8 @@ def lora_layers(module: nn.Module) -> list[LoRALinear]:
 def merge_lora(module: nn.Module, for_good: bool = False):
     """Fold every A and B into its weight: the same outputs, at the cost of a plain linear layer.
 
-    `for_good` lets go of A and B, which take gigabytes at the paper's ranks.
+    `for_good` lets go of A and B, which take gigabytes at the paper's ranks; such a model can be
+    neither unmerged nor saved.
     """
     for layer in lora_layers(module):
         if not layer.merged:

@@ -40,6 +40,7 @@ from whisper_encoder import WINDOWS, WhisperConfig, WhisperEncoder
 HERE = Path(__file__).parent
 RECOMPUTE = ("none", "llm", "all")
 LESS = "a smaller --batch with a larger --accumulate, --recompute all or --trim need less"
+SMALLER = "smaller models (--encoder, --llm) need less"
 DEV_CLIPS = 500  # of each direction: all of CoVoST-2's would take hours to score
 
 
@@ -61,11 +62,12 @@ class Preset:
     asr: float  # share of clips that are also transcribed
     en_step: int  # of the clips in English every n-th is translated
     lr: float  # peak
+    beta2: float  # AdamW's memory of squared gradients
     schedule: str
     warmup: float  # share of all steps
     batch: int  # positions
     accumulate: int  # batches in one step of the optimizer
-    recompute: str  # of which part, in the backward pass; about a third slower, far less memory
+    recompute: str  # whose activations, for the gradient: none, llm, all; slower, far less memory
     epochs: int
     beams: int
 
@@ -79,15 +81,16 @@ TINY, WEIGHTS = HERE / "tiny", HERE / "weights"
 PAPER = dict(
     encoder=WEIGHTS / "whisper-large-v2", data=HERE / "corpus", lang="paper", window="30s",
     encoder_rank=128, encoder_alpha=64, llm_rank=512, llm_alpha=256, dropout=0.05, asr=1.0,
-    en_step=1, lr=2e-4, schedule="linear", warmup=0.03, batch=6400, accumulate=2, recompute="all",
-    epochs=1, beams=5,
+    en_step=1, lr=2e-4, beta2=0.999, schedule="linear", warmup=0.03, batch=6400, accumulate=2,
+    recompute="all", epochs=1, beams=5,
 )  # fmt: skip
 PRESETS = {
+    # beta2 of 0.999 averages over about as many steps as this run has; with less it learns faster.
     "tiny": Preset(
         encoder=TINY / "whisper", llm=TINY / "llama", data=TINY / "corpus", lang="fr",
         template="llama2", window="clip", encoder_rank=16, encoder_alpha=32, llm_rank=16,
-        llm_alpha=32, dropout=0.0, asr=0.5, en_step=1, lr=1e-3, schedule="linear", warmup=0.05,
-        batch=1100, accumulate=1, recompute="none", epochs=4, beams=5,
+        llm_alpha=32, dropout=0.0, asr=0.3, en_step=1, lr=1e-3, beta2=0.95, schedule="linear",
+        warmup=0.05, batch=1100, accumulate=1, recompute="none", epochs=4, beams=5,
     ),
     "llast-2b": Preset(
         llm=WEIGHTS / "TinyLlama-1.1B-Chat-v1.0", template="tinyllama", **PAPER
@@ -123,7 +126,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--accumulate", type=int, help="batches in one step of the optimizer")
     add("--recompute", choices=RECOMPUTE,
         help="whose activations to compute again: less memory, more time")  # fmt: skip
-    add("--compile", action="store_true", help="compile each layer; the first steps are slow then")
+    add("--compile", action="store_true",
+        help="compile each layer: slow at first, then faster; on a CPU it needs g++")  # fmt: skip
     add("--seed", type=int, default=0, help="the one number that all randomness follows from [0]")
     return parser
 
@@ -256,24 +260,28 @@ def translation_bytes(settings: Preset, W: WhisperConfig, L: LlamaConfig, S: int
     position = 2 * 2 * L.num_hidden_layers * kv  # keys and values
     prompts = CLIPS * P * (position + 2 * (3 * F + 6 * D))
     room = P  # it grows as llama.Cache lets it grow
-    while room < P + settings.beams * ANSWER:
+    while room < P + settings.beams * (ANSWER - 1):
         room += max(settings.beams, room // 2)
     steps = CLIPS * (position * room + 14 * settings.beams * L.vocab_size)
     return max(encoder, prompts, steps)
 
 
-def example_flops(settings: Preset, W: WhisperConfig, L: LlamaConfig, S: int, P: int) -> float:
-    """Multiplications and additions of one training example of S encoder states and P positions.
+def example_flops(
+    settings: Preset, W: WhisperConfig, L: LlamaConfig, S: int, heard: int, text: int, answer: int
+) -> float:
+    """Multiplications and additions of one training example.
 
+    S states in the encoder, `heard` of them for the LLM, `text` tokens, `answer` of them to learn.
     A frozen matrix costs a forward pass and the gradient of its input; a trained one that of its
     weight as well. Attention's backward pass is 2.5 times its forward pass.
     """
     convolutions, in_encoder, attention = encoder_flops(W, S)  # no gradient goes to the first
+    P = heard + text
     in_llm, causal = llm_flops(L, P)
-    encoder_lora, llm_lora = (2 * n for n in lora_size(settings, W, L))  # a position, a layer
+    encoder_lora, llm_lora = (2 * n for n in lora_size(settings, W, L))  # in a layer, a position
     encoder_lora, llm_lora = S * W.encoder_layers * encoder_lora, P * L.num_hidden_layers * llm_lora
-    frozen = in_encoder + in_llm + 2 * ANSWER * L.hidden_size * L.vocab_size
-    trained = encoder_lora + llm_lora + projector_flops(W, L, P - TEXT)
+    frozen = in_encoder + in_llm + 2 * answer * L.hidden_size * L.vocab_size
+    trained = encoder_lora + llm_lora + projector_flops(W, L, heard)
     again = in_llm + causal + llm_lora if settings.recompute != "none" else 0
     again += in_encoder + attention + encoder_lora if settings.recompute == "all" else 0
     return convolutions + 2 * frozen + 3.5 * (attention + causal) + 3 * trained + again
@@ -310,10 +318,11 @@ def print_plan(settings: Preset):
     for label, size in (memory | {"all": sum(memory.values())}).items():
         print(f"    {label:29}{size / 1e9:6.2f}")
     projector = sum(p.numel() for p in model.projector.parameters())
-    translating = 2 * frozen + 4 * projector  # LoRA is merged
-    translating += translation_bytes(settings, W, L, S, P - ANSWER)
-    print(f"    {'to translate, ' + str(CLIPS) + ' clips at once':29}{translating / 1e9:6.2f}")
-    flops = example_flops(settings, W, L, S, P)
+    largest = max(W.d_model * W.encoder_ffn_dim, L.hidden_size * L.intermediate_size)
+    loading = 2 * frozen + 4 * trained + 16 * largest  # LoRA beside the weights, until it is merged
+    merged = 2 * frozen + 4 * projector + translation_bytes(settings, W, L, S, P - ANSWER)
+    print(f"    {f'to translate {CLIPS} such clips':29}{max(loading, merged) / 1e9:6.2f}")
+    flops = example_flops(settings, W, L, S, heard, TEXT, ANSWER)
     hours = n * settings.epochs * flops / (FLOPS * SHARE) / 3600
     print(
         f"\na row       {seconds:.1f} s on average: {S} states in the encoder, {heard} + {TEXT} "
@@ -430,6 +439,14 @@ def dev_loss(model: LLaST, batches: Batches) -> float:
     return total / tokens
 
 
+def dev_scores(model: LLaST, dev: Batches) -> dict[str, float]:
+    """The loss, and BLEU of each direction with one beam."""
+    scores = {"dev_loss": round(dev_loss(model, dev), 4)}
+    for direction, rows in by_direction(dev.rows).items():
+        scores[f"dev_bleu {direction}"] = score_rows(model, rows, beams=1)["bleu"]
+    return scores
+
+
 def show_samples(model: LLaST, rows: list[Row]):
     """Three dev clips: what should have come out and what did."""
     for row in random.Random(0).sample(rows, min(3, len(rows))):
@@ -463,7 +480,10 @@ def phase(what: str, less: str):
 
 
 class Pace:
-    """How fast an epoch goes, and how much of it is lost to padding and to waiting for data."""
+    """How fast an epoch has gone so far, and what was lost to padding and to waiting for data.
+
+    Positions are those of the LLM, with its padding; that of a 30 s window is not among it.
+    """
 
     def __init__(self):
         self.began, self.waited = time.perf_counter(), 0.0
@@ -517,7 +537,8 @@ def ahead(items: Iterator) -> Iterator[tuple]:
 def train(model: LLaST, batches: Batches, dev: Batches, settings: Preset, out: Path):
     """The whiteboard loop: loss, gradient, step; dev scores and a save after every epoch."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0, fused=True)
+    how = {"lr": settings.lr, "betas": (0.9, settings.beta2), "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW(trained, **how, fused=True)
     per_epoch = [
         math.ceil(len(batches.groups(e)) / settings.accumulate) for e in range(settings.epochs)
     ]
@@ -548,7 +569,7 @@ def train(model: LLaST, batches: Batches, dev: Batches, settings: Preset, out: P
                 total += loss.item()
             grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
             lr = schedule.get_last_lr()[0]
-            with phase("in a step of the optimizer", LESS):
+            with phase("in a step of the optimizer", SMALLER):
                 optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
@@ -561,15 +582,12 @@ def train(model: LLaST, batches: Batches, dev: Batches, settings: Preset, out: P
             log(out, line | {"grad_norm": round(grad_norm, 4)} | pace.figures())
         speed = str(pace)  # before the dev clips take their time
         model.save_pretrained(out)
-        with phase("on the dev clips", "a smaller --batch needs less"):
-            loss = dev_loss(model, dev)
-        line = {"step": done, "epoch": epoch + 1, "dev_loss": round(loss, 4)}
-        for direction, rows in by_direction(dev.rows).items():
-            line[f"dev_bleu {direction}"] = score_rows(model, rows, beams=1)["bleu"]
-        log(out, line)
-        scores = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in line.items() if "dev" in k)
-        tqdm.write(f"epoch {epoch + 1} of {settings.epochs}: {scores} (one beam)\n    {speed}")
-        show_samples(model, dev.rows)
+        with phase("on the dev clips", LESS):
+            line = {"step": done, "epoch": epoch + 1} | dev_scores(model, dev)
+            log(out, line)
+            scores = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in line.items() if "dev" in k)
+            tqdm.write(f"epoch {epoch + 1} of {settings.epochs}: {scores} (one beam)\n    {speed}")
+            show_samples(model, dev.rows)
     bar.close()
 
 
@@ -617,7 +635,8 @@ def run(args: argparse.Namespace) -> int:
     for base in (settings.encoder, settings.llm):
         if base.name in PUBLIC and not base.exists():
             raise FileNotFoundError(f"{short(base)} is not there; get it with\n    {fetch(base)}")
-    about = {"preset": args.preset, "clips": args.clips, "seed": args.seed} | asdict(settings)
+    about = {name: getattr(args, name) for name in ("preset", "clips", "seed", "compile")}
+    about |= asdict(settings)
     about = {k: str(v) if isinstance(v, Path) else v for k, v in about.items()}
     torch.manual_seed(args.seed)
     device, dtype, reason = pick_device()
@@ -630,7 +649,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{label:11} {short(path)}")
 
     splits = read_all(settings, args.clips)
-    with phase("while loading the models", "smaller ones (--encoder, --llm) need less"):
+    with phase("while loading the models", SMALLER):
         model = LLaST.fresh(model_config(settings), dtype, device)
     model.speech_encoder.recompute = settings.recompute == "all"
     model.llm.recompute = settings.recompute != "none"
@@ -649,7 +668,10 @@ def run(args: argparse.Namespace) -> int:
         train(model, batches, dev, settings, out)
         for path, reason in batches.skipped.items():
             print(f"left out of training: {path}: {reason}")
-        finish(model, splits["test"], settings, out, began)
+        with phase(
+            "on a test clip", f"the model is saved in {short(out)}, and a smaller one needs less"
+        ):
+            finish(model, splits["test"], settings, out, began)
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C; saving what has been learnt so far")
         model.save_pretrained(out)

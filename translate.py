@@ -16,7 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -200,6 +200,7 @@ class Translation:
     path: str
     text: str = ""
     score: float | None = None  # mean log-probability of a token
+    tokens: int = 0  # written for it, ends counted; by a cascade twice
     n_best: list[dict] = field(default_factory=list)  # text and score of each answer, best first
     error: str | None = None
     pieces: list[dict] = field(default_factory=list)  # of a long clip: start and end in s, text
@@ -230,21 +231,33 @@ def waveforms(
             yield i, start, end, audio[start:end]
 
 
-def fill(result: Translation, pieces: list[tuple[int, int, list[dict]]], n_best: int, space: str):
+@dataclass
+class Answer:
+    """One answer of the model, decoded."""
+
+    text: str
+    score: float
+    tokens: int  # its end counted
+
+
+def fill(result: Translation, pieces: list[tuple[int, int, list[Answer]]], n_best: int, space: str):
     """Write what was found into the result of a clip. pieces: first sample, last + 1, answers
 
     Of several pieces the best texts are joined, and the plain mean of their scores is the score.
     """
     best = [answers[0] for *_, answers in pieces]
-    result.text = space.join(answer["text"] for answer in best if answer["text"])
-    result.score = round(sum(answer["score"] for answer in best) / len(best), 4)
+    result.text = space.join(answer.text for answer in best if answer.text)
+    result.score = round(sum(answer.score for answer in best) / len(best), 4)
+    result.tokens += sum(answer.tokens for answer in best)
     if len(pieces) == 1:
-        result.n_best = pieces[0][-1][:n_best]
+        answers = pieces[0][-1][:n_best]
+        result.n_best = [{"text": answer.text, "score": answer.score} for answer in answers]
         return
     result.n_best = [{"text": result.text, "score": result.score}]
+    result.pieces = []
     for (start, end, _), answer in zip(pieces, best, strict=True):
         times = {"start": start / SAMPLE_RATE, "end": end / SAMPLE_RATE}
-        result.pieces.append(times | {"text": answer["text"]})
+        result.pieces.append(times | {"text": answer.text})
 
 
 def ids_of_prompt(model: LLaST, task: str, source: str, target: str) -> Tensor:
@@ -254,25 +267,27 @@ def ids_of_prompt(model: LLaST, task: str, source: str, target: str) -> Tensor:
 
 
 @torch.inference_mode()
-def answers_to(model: LLaST, ids: Tensor, heard: list, positions, how: tuple) -> list[list[dict]]:
-    """Text and score of the answers to each of `heard`, best first.
+def answers_to(model: LLaST, ids: Tensor, heard: list, embed, search: tuple) -> list[list[Answer]]:
+    """The answers to each of `heard`, best first.
 
-    `positions` makes of a list of what was heard what takes its place in the prompt, (S, D) each;
-    `how` is what beam_search takes after the ends. A batch that does not fit into memory is done in
-    halves, with the same result.
+    `embed` turns what was heard into what stands for it in the prompt, (S, D) each; `search` holds
+    what beam_search takes after the ends. A batch that does not fit into memory is done in halves,
+    with the same result.
     """
     ends = {*model.tokenizer.eos_ids, end_id(model.config.template, model.tokenizer)}
     try:
-        prompts = [model.splice(ids, x) for x in positions(heard)]
-        found = beam_search(model.llm, prompts, sorted(ends), *how)
-        texts = [[(model.tokenizer.decode(a.ids), round(a.score, 4)) for a in f] for f in found]
-        return [[{"text": t, "score": s} for t, s in answers] for answers in texts]
+        prompts = [model.splice(ids, x) for x in embed(heard)]
+        found = beam_search(model.llm, prompts, sorted(ends), *search)
+        return [
+            [Answer(model.tokenizer.decode(h.ids), round(h.score, 4), len(h.ids) + 1) for h in best]
+            for best in found
+        ]
     except torch.OutOfMemoryError:
         if len(heard) == 1:
             raise
     half = len(heard) // 2  # out here the error no longer holds what was allocated
-    first = answers_to(model, ids, heard[:half], positions, how)
-    return first + answers_to(model, ids, heard[half:], positions, how)
+    first = answers_to(model, ids, heard[:half], embed, search)
+    return first + answers_to(model, ids, heard[half:], embed, search)
 
 
 def translate(
@@ -290,12 +305,13 @@ def translate(
 ) -> list[Translation]:
     """Translate (task "st") or transcribe ("asr") audio files of any length, in the order given.
 
-    Task "cascade" transcribes and then translates the transcript, to compare with. A clip that
-    cannot be used gets an `error` and an empty text; the others are not touched by it. Of a clip
-    over 30 s only the best answer is kept, joined from those of its pieces.
+    Task "cascade" transcribes and then translates the transcript, which stands where speech would:
+    the same model, to compare with. A clip that cannot be used gets an `error` and an empty text;
+    the others are not touched by it. Of a clip over 30 s only the best answer is kept, joined from
+    those of its pieces.
     """
-    spoken = "asr" if task == "cascade" else task
-    ids, how = ids_of_prompt(model, spoken, source, target), (beams, length_penalty, max_new_tokens)
+    search = beams, length_penalty, max_new_tokens
+    ids = ids_of_prompt(model, "asr" if task == "cascade" else task, source, target)
     results = [Translation(str(path)) for path in paths]
     pieces = defaultdict(list)  # of each clip, in order: first sample, last + 1, answers
     was_training = model.training
@@ -303,35 +319,41 @@ def translate(
     heard = waveforms(paths, results, progress)
     while batch := list(islice(heard, batch_size)):
         audio = [audio for *_, audio in batch]
-        found = answers_to(model, ids, audio, model.encode_speech, how)
+        found = answers_to(model, ids, audio, model.encode_speech, search)
         for (i, start, end, _), answers in zip(batch, found, strict=True):
             pieces[i].append((start, end, answers))
-    written = source if spoken == "asr" else target
-    for i, parts in pieces.items():
-        fill(results[i], parts, n_best, space="" if written in UNSPACED else " ")
     if task == "cascade":
         ids = ids_of_prompt(model, "st", source, target)
-        translate_transcripts(model, ids, [results[i] for i in pieces], n_best, batch_size, how)
+        translate_transcripts(model, ids, pieces, results, batch_size, search)
     model.train(was_training)
+    written = source if task == "asr" else target
+    for i, parts in pieces.items():
+        fill(results[i], parts, n_best, space="" if written in UNSPACED else " ")
     return results
 
 
 def translate_transcripts(
-    model: LLaST, ids: Tensor, results: list[Translation], n_best: int, batch_size: int, how: tuple
+    model: LLaST, ids: Tensor, pieces: dict, results: list, batch_size: int, search: tuple
 ):
-    """Put the translation of each transcript in its place; the words stand where speech would."""
+    """Put in the place of each piece's transcript its translations; of silence there is none."""
 
-    def embedded(texts: list[str]) -> list[Tensor]:
-        tokens = [torch.tensor(model.tokenizer.encode(text), dtype=torch.long) for text in texts]
+    def embed(texts: list[str]) -> list[Tensor]:
+        tokens = [torch.tensor(model.tokenizer.encode(text)) for text in texts]
         return [model.llm.embed(t.to(model.device)) for t in tokens]
 
-    results = sorted(results, key=lambda result: len(result.text))
-    for start in range(0, len(results), batch_size):
-        batch = results[start : start + batch_size]
-        found = answers_to(model, ids, [result.text for result in batch], embedded, how)
-        for result, answers in zip(batch, found, strict=True):
-            result.pieces = []  # those of the transcript
-            fill(result, [(0, 0, answers)], n_best, space="")
+    said = []  # clip, piece, transcript
+    for i, parts in pieces.items():
+        for j, (start, end, (transcript, *_)) in enumerate(parts):
+            results[i].tokens += transcript.tokens
+            parts[j] = start, end, [replace(transcript, tokens=0)]
+            if transcript.text:
+                said.append((i, j, transcript.text))
+    said.sort(key=lambda one: len(one[-1]))
+    for start in range(0, len(said), batch_size):
+        batch = said[start : start + batch_size]
+        found = answers_to(model, ids, [text for *_, text in batch], embed, search)
+        for (i, j, _), answers in zip(batch, found, strict=True):
+            pieces[i][j] = *pieces[i][j][:2], answers
 
 
 # --------------------------------------------------------------------------------------- the cost
@@ -340,12 +362,13 @@ def translate_transcripts(
 class Meter:
     """What the work inside its `with` blocks costs; for a model whose LoRA is merged.
 
-    The arithmetic is that of formulas, put to the shapes that the parts of the model are given.
+    The arithmetic is that of formulas, put to the shapes that the parts of the model are given:
+    hooks see those, padding and unfinished beams included, without a word in the search itself.
     """
 
     def __init__(self, model: LLaST):
         self.model = model
-        self.seconds, self.flops, self.tokens, self.peak = 0.0, 0, 0, 0
+        self.seconds, self.flops, self.peak = 0.0, 0, 0
         self.joules = None if gpu_joules() is None else 0.0
 
     def __enter__(self):
@@ -364,7 +387,6 @@ class Meter:
 
         def count_head(_, args):
             self.flops += 2 * args[0].numel() * L.vocab_size
-            self.tokens += len(args[0])  # of each clip one, however many beams it has
 
         self.hooks = [
             module.register_forward_pre_hook(count)
@@ -392,26 +414,20 @@ class Meter:
         for hook in self.hooks:
             hook.remove()
 
-    def figures(self, paths: list) -> dict[str, float | None]:
-        """For the clips worked on, in s, TFLOP, GB and J (None where nothing counts them)."""
-        audio = sum(map(seconds_if_readable, paths))
+    def figures(self, results: list[Translation]) -> dict[str, float | None]:
+        """For what came of the work, in s, TFLOP, GB and J; None where nothing counts it."""
+        heard = [result for result in results if not result.error]
+        audio = sum(audio_seconds(result.path) for result in heard)
         return {
-            "clips": len(paths),
+            "clips": len(heard),
             "audio_seconds": round(audio, 2),
             "seconds": round(self.seconds, 3),
-            "real_time_factor": round(self.seconds / max(audio, 1e-9), 4),
-            "tokens_per_second": round(self.tokens / self.seconds, 1),
-            "tflop": round(self.flops / 1e12, 4),
+            "real_time_factor": round(self.seconds / audio, 4) if audio else None,
+            "tokens_per_second": round(sum(r.tokens for r in heard) / self.seconds, 1),
+            "tflop": round(self.flops / 1e12, 6),
             "peak_gb": round(self.peak / 1e9, 3) if self.peak else None,
             "joules": None if self.joules is None else round(self.joules, 1),
         }
-
-
-def seconds_if_readable(path) -> float:
-    try:
-        return audio_seconds(path)
-    except AudioError:
-        return 0.0
 
 
 def gpu_joules() -> float | None:
@@ -505,22 +521,32 @@ def error_rates(hypotheses: list[str], references: list[str], language: str) -> 
 def score_rows(
     model: LLaST, rows: list[Row], tsv: Path | None = None, task: str = "st", **how
 ) -> dict:
-    """Translate or transcribe rows of one direction and score them; `tsv` gets a line for each.
-
-    Nothing is dropped: a clip that failed counts as an empty hypothesis and is named. Only rows
-    without a transcript have no part in task "asr".
-    """
+    """Translate or transcribe rows of one direction and score what came of them."""
+    rows = rows_with_reference(rows, task)
     source, target = rows[0].source, rows[0].target
+    results = translate(model, [row.path for row in rows], task, source, target, **how)
+    return score_results(rows, results, tsv, task)
+
+
+def rows_with_reference(rows: list[Row], task: str) -> list[Row]:
+    """All rows; for task "asr", those with a transcript. What scoring needs is seen to be there."""
     if task != "asr":
-        metrics(target)  # should a package be missing, say so before the work
-    spoken = [row for row in rows if task != "asr" or row.sentence.strip()]
+        metrics(rows[0].target)  # should a package be missing, say so before the work
+        return rows
+    spoken, source = [row for row in rows if row.sentence.strip()], rows[0].source
     if not spoken:
         raise ValueError(f"none of the {len(rows)} {source} clips has a transcript to compare with")
     if len(spoken) < len(rows):
         missing = len(rows) - len(spoken)
         print(f"{missing} {source} clips have no transcript: left out", file=sys.stderr)
-    rows = spoken
-    results = translate(model, [row.path for row in rows], task, source, target, **how)
+    return spoken
+
+
+def score_results(rows: list[Row], results: list[Translation], tsv: Path | None, task: str) -> dict:
+    """Scores of the results of rows of one direction; `tsv` gets a line for each.
+
+    Nothing is dropped: a clip that failed counts as an empty hypothesis and is named.
+    """
     references = [row.sentence if task == "asr" else row.translation for row in rows]
     failed = [result.error for result in results if result.error]
     for error in failed:
@@ -531,6 +557,7 @@ def score_rows(
             cells = row.path.name, reference, result.text, str(result.score), result.error or ""
             lines.append("\t".join(map(one_line, cells)))
         tsv.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    source, target = rows[0].source, rows[0].target
     rate, language = (error_rates, source) if task == "asr" else (score, target)
     return rate([r.text for r in results], references, language) | {"failed": len(failed)}
 
@@ -674,7 +701,11 @@ def build_parser() -> argparse.ArgumentParser:
         default=HERE / "tiny" / "corpus",
         help="corpus that --test reads [the embedded one]",
     )
-    add("--compile", action="store_true", help="compile each layer: slow at first, then faster")
+    add(
+        "--compile",
+        action="store_true",
+        help="compile each layer: slow at first, then faster; on a CPU it needs g++",
+    )
     add("--stats", action="store_true", help="print time, arithmetic, memory and energy at the end")
     add("--encoder", type=Path, help="where the encoder's folder is now, if it has moved")
     add("--llm", type=Path, help="where the LLM's folder is now, if it has moved")
@@ -696,8 +727,8 @@ def show(result: Translation, args: argparse.Namespace):
 
 def run_tests(
     model: LLaST, args: argparse.Namespace, folder: Path, how: dict, meter
-) -> tuple[list[Path], int]:
-    """Score the test sets that --test names. -> their clips, and how many of them failed"""
+) -> list[Translation]:
+    """Score the test sets that --test names. -> what came of their clips"""
     tests = {}  # all is looked up before the first clip is translated, which may take hours
     for source, target in parse_directions(args.test):
         name = source if args.task == "asr" else f"{source}-{target}"
@@ -705,14 +736,15 @@ def run_tests(
         rows = read_corpus(args.data, source, target)[0]["test"]
         if not rows:
             raise ValueError(f"the {source}-{target} corpus in {args.data} has no test clips")
-        if args.task != "asr":
-            metrics(target)
-        tests[name] = rows
-    scores = {}
+        tests[name] = rows_with_reference(rows, args.task)
+    scores, everything = {}, []
     for name, rows in tests.items():
         tsv = folder / f"scored.{args.task}.{name}.tsv"  # test.*.tsv is that of the training
+        paths, pair = [row.path for row in rows], (rows[0].source, rows[0].target)
         with meter:
-            found = scores[name] = score_rows(model, rows, tsv, args.task, progress=True, **how)
+            results = translate(model, paths, args.task, *pair, progress=True, **how)
+        everything += results
+        found = scores[name] = score_results(rows, results, tsv, args.task)
         print(f"every clip with its reference and its hypothesis: {tsv}", file=sys.stderr)
         if args.json:
             print(json.dumps({"direction": name, "task": args.task} | found), flush=True)
@@ -722,8 +754,7 @@ def run_tests(
         print(*table(scores), sep="\n")
     if args.published:
         print(*published(list(tests)), sep="\n", file=sys.stderr if args.json else sys.stdout)
-    paths = [row.path for rows in tests.values() for row in rows]
-    return paths, sum(found["failed"] for found in scores.values())
+    return everything
 
 
 def show_cost(cost: dict[str, float | None], as_json: bool):
@@ -731,15 +762,18 @@ def show_cost(cost: dict[str, float | None], as_json: bool):
     if as_json:
         print(json.dumps(cost), file=sys.stderr)
         return
-    memory = "no counter here" if not cost["peak_gb"] else f"{cost['peak_gb']:,.2f} GB at its peak"
-    energy = "no counter here" if cost["joules"] is None else f"{cost['joules']:,.0f} J"
+
+    def shown(key: str, text: str, otherwise: str = "no counter here") -> str:
+        return otherwise if cost[key] is None else text.format(cost[key])
+
+    real_time = shown("real_time_factor", "{:.3f} of real time", "no audio")
     print(
         f"audio       {cost['audio_seconds']:,.1f} s in {cost['clips']} clips\n"
-        f"time        {cost['seconds']:,.2f} s, {cost['real_time_factor']:.3f} of real time\n"
+        f"time        {cost['seconds']:,.2f} s, {real_time}\n"
         f"answers     {cost['tokens_per_second']:,.0f} tokens a second\n"
         f"arithmetic  {cost['tflop']:,.3f} TFLOP\n"
-        f"memory      {memory}\n"
-        f"energy      {energy}",
+        f"memory      {shown('peak_gb', '{:,.2f} GB at the peak')}\n"
+        f"energy      {shown('joules', '{:,.0f} J')}",
         file=sys.stderr,
     )
 
@@ -774,20 +808,19 @@ def run(args: argparse.Namespace) -> int:
         "batch_size": args.batch,
     }
     meter = Meter(model) if args.stats else nullcontext()
-    heard, failed = run_tests(model, args, folder, how, meter) if args.test else ([], 0)
+    everything = run_tests(model, args, folder, how, meter) if args.test else []
     if args.audio:
         paths = audio_paths(args.audio)
         source, target = choose_direction(model, args.lang, folder, args.task)
         how |= {"n_best": args.n_best, "progress": len(paths) > args.batch}
         with meter:
             results = translate(model, paths, args.task, source, target, **how)
-        heard += paths
         for result in results:
             show(result, args)
-        failed += sum(result.error is not None for result in results)
+        everything += results
     if args.stats:
-        show_cost(meter.figures(heard), args.json)
-    return 1 if failed else 0
+        show_cost(meter.figures(everything), args.json)
+    return 1 if any(result.error for result in everything) else 0
 
 
 def main() -> int:

@@ -6,9 +6,11 @@
 The peer is what a capable user writes: sdpa attention, the clips' own states cut out of the 30 s
 window, right padding in training and left padding in generation, LoRA merged before generation.
 Both get the same weights, LoRA included. Before a case is timed, both must have computed the same.
-Then they take turns; the median counts. Beside each time stands the least that this machine could
-need: the arithmetic at the rate of a large matrix product, or the bytes at that of a large copy,
-whichever is longer, both measured first. Results go to a JSON file and a table.
+Then they take turns; the median counts. Beside each time stands an estimate of the least that this
+machine could need: the arithmetic at the rate of a large matrix product, or the bytes at that of a
+large copy, whichever is longer, both measured first. On a GPU whose data sheet is known, MFU and
+MBU are the shares of its arithmetic and of its memory's bytes a second that were used. Results go
+to a JSON file and a table.
 """
 
 import argparse
@@ -68,6 +70,7 @@ SIZES = {
     "llast-8b": (PUBLIC["whisper-large-v2"][2], PUBLIC["Llama-2-7b-chat-hf"][2], 128, 512),
 }  # fmt: skip
 PROMPT, ANSWER, EOS = 28, 24, 2  # tokens of a made-up row, the end included in the answer
+NEVER = -1  # an end that no model writes: random answers then all have the length that is counted
 MIXED = (2.0, 3.1, 4.2, 5.0, 6.3, 7.7, 9.4, 12.0)  # seconds of the clips in a training step
 
 # --------------------------------------------------------------------------------- the two systems
@@ -173,7 +176,8 @@ class Peer(nn.Module):
         ).loss
 
     @torch.inference_mode()
-    def translate(self, audio: list[Tensor], ids: Tensor, most: int) -> list[list[int]]:
+    def translate(self, audio: list[Tensor], ids: Tensor, most: int, ends=EOS) -> list[list[int]]:
+        self.llm.generation_config.eos_token_id = ends
         rows = self.rows(audio, [ids] * len(audio))
         P, device = max(map(len, rows)), rows[0].device
         left = torch.tensor([P - len(row) for row in rows], device=device)
@@ -181,9 +185,9 @@ class Peer(nn.Module):
         mask = (torch.arange(P, device=device) >= left[:, None]).long()
         found = self.llm.generate(
             inputs_embeds=x, attention_mask=mask, num_beams=5, do_sample=False, max_new_tokens=most,
-            length_penalty=1.0, early_stopping=False, eos_token_id=EOS, pad_token_id=EOS,
+            length_penalty=1.0, early_stopping=False, eos_token_id=ends, pad_token_id=EOS,
         )  # fmt: skip
-        return [row[: row.index(EOS)] if EOS in row else row for row in found.tolist()]
+        return [row[: row.index(EOS)] if ends and EOS in row else row for row in found.tolist()]
 
 
 def adapters(ours: LLaST, folder: Path):
@@ -212,7 +216,8 @@ class Machine:
 
 
 SHEETS = {  # dense bf16 FLOP/s and bytes/s
-    "H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "A100": (312e12, 2.04e12),
+    "H100 80GB HBM3": (989e12, 3.35e12), "H200": (989e12, 4.8e12),
+    "A100-SXM4-80GB": (312e12, 2.04e12),
 }  # fmt: skip
 
 
@@ -282,6 +287,8 @@ def memory_line(name: str) -> int:
 
 
 def seconds_of(work, device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()  # what came before must not be counted
     began = time.perf_counter()
     work()
     if device.type == "cuda":
@@ -434,8 +441,9 @@ def encoder_phase(model: LLaST, states: list[int]) -> Phase:
     return Phase(sum(sum(encoder_flops(W, S)) for S in states), weights)
 
 
-def bytes_of(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+def bytes_of(module: nn.Module, without: str = "nothing") -> int:
+    named = module.named_parameters()
+    return sum(p.numel() * p.element_size() for name, p in named if without not in name)
 
 
 def training_cases(bench: Bench, ours: LLaST, peer: Peer):
@@ -475,6 +483,7 @@ def training_cases(bench: Bench, ours: LLaST, peer: Peer):
         if window == "30s":
             same("loss", mine(), theirs(), ours.llm.lm_head.weight.dtype)
         phases = [training_phase(ours, window, batch) for batch in batches]
+        phases.append(Phase(0, 28 * counts[0]))  # AdamW: weight, gradient, two moments, written too
         bench.compare(f"training step, 8 clips, {label}", mine, theirs, phases)
 
 
@@ -484,10 +493,10 @@ def training_phase(model: LLaST, window: str, batch: Batch) -> Phase:
     ranks = {"encoder_rank": model.config.encoder_rank, "llm_rank": model.config.llm_rank}
     settings = replace(PRESETS["tiny"], **ranks)
     flops = 0.0
-    for audio, P in zip(batch.audio, batch.positions, strict=True):
-        S = W.max_source_positions if window == "30s" else n_states(len(audio))
-        flops += example_flops(settings, W, L, S, P)
-    return Phase(flops, 2 * bytes_of(model))  # forwards and backwards
+    for heard in (n_states(len(audio)) for audio in batch.audio):
+        S = W.max_source_positions if window == "30s" else heard
+        flops += example_flops(settings, W, L, S, heard, PROMPT + ANSWER - 1, ANSWER)
+    return Phase(flops, 2 * bytes_of(model, "embed"))  # forwards and backwards
 
 
 def translation_cases(bench: Bench, ours: LLaST, peer: Peer):
@@ -498,7 +507,7 @@ def translation_cases(bench: Bench, ours: LLaST, peer: Peer):
     @torch.inference_mode()
     def run(model: LLaST, audio: list[Tensor]):
         rows = [model.splice(ids, heard) for heard in model.encode_speech(audio)]
-        found = beam_search(model.llm, rows, [EOS], 5, 1.0, ANSWER)
+        found = beam_search(model.llm, rows, [NEVER], 5, 1.0, ANSWER)
         return [best.ids for best, *_ in found]
 
     for n, window, label in (
@@ -510,12 +519,16 @@ def translation_cases(bench: Bench, ours: LLaST, peer: Peer):
     ):
         audio = [noise(MIXED[i % len(MIXED)], i) for i in range(n)]
         model = in_window(ours, window)
-        if window == "30s" and exact and run(model, audio) != peer.translate(audio, ids, ANSWER):
+
+        def theirs(audio=audio):
+            return peer.translate(audio, ids, ANSWER, ends=None)
+
+        if window == "30s" and exact and run(model, audio) != theirs():
             raise SystemExit(f"{n} clips: ours and the peer's beams found other answers")
         bench.compare(
             f"5 beams, {n} clip{'s'[: n > 1]}, {label}",
             lambda model=model, audio=audio: run(model, audio),
-            lambda audio=audio: peer.translate(audio, ids, ANSWER),
+            theirs,
             translation_phases(model, window, audio),
         )
 
@@ -589,7 +602,7 @@ def run_size(bench: Bench, dtype: torch.dtype):
         peer = Peer(ours, out, merged=False).train()
         training_cases(bench, ours, peer)
         del peer
-        merge_lora(ours.eval())
+        merge_lora(ours.eval(), for_good=True)
         peer = Peer(ours, out, merged=True).eval()
         encoder_cases(bench, ours, peer)
         prefill_case(bench, ours, peer)

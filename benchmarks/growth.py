@@ -3,9 +3,10 @@
     python benchmarks/growth.py                      the embedded default
     python benchmarks/growth.py --size llast-2b      geometry of the paper's systems, on CUDA
 
-One number is varied at a time, the others stay. Answers never end by themselves, so that each has
-the length that was asked for. Medians; memory is what the work needs on top of the model. Writes
-growth.json, growth.png and the table in README.md.
+One number is varied at a time, the others stay: for translating, and for the loss with its
+gradient, a training step without the optimizer, whose part does not grow. Answers never end by
+themselves, so that each has the length that was asked for. Medians; memory is what the work needs
+on top of the model. Writes growth.json, growth.png and the table in README.md.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from compare import (
+    NEVER,
     PROMPT,
     SIZES,
     build_ours,
@@ -55,12 +57,11 @@ def translating(model: LLaST, seconds: float, batch: int, beams: int, answer: in
     prompt, _ = row_of(model.llm.config.vocab_size, 0)
     ids = torch.tensor(prompt, device=model.device)
     audio = [noise(seconds, i) for i in range(batch)]
-    never = [-1]  # a token that no model writes
 
     @torch.inference_mode()
     def work():
         prompts = [model.splice(ids, heard) for heard in model.encode_speech(audio)]
-        beam_search(model.llm, prompts, never, beams, 1.0, answer)
+        beam_search(model.llm, prompts, [NEVER], beams, 1.0, answer)
 
     return work
 
@@ -95,7 +96,11 @@ def sweep(model: LLaST, times: int) -> list[dict]:
         for name in names:
             for value in tqdm(SWEEPS[name], f"{what}, {LABELS[name]}", disable=None):
                 work = work_of(model, **USUAL | {name: value})
-                seconds, megabytes = measure(work, model.device, times)
+                try:
+                    seconds, megabytes = measure(work, model.device, times)
+                except torch.OutOfMemoryError:
+                    tqdm.write(f"{what} with {value} {LABELS[name]} does not fit: left out")
+                    continue
                 about = {"work": what, "varied": name, "value": value}
                 lines.append(about | {"s": seconds, "mb": megabytes})
     return lines
@@ -109,7 +114,7 @@ def draw(lines: list[dict], title: str):
             for what, color in (("translating", "tab:blue"), ("training", "tab:orange")):
                 here = [n for n in lines if n["varied"] == name and n["work"] == what]
                 if here:
-                    label = {"translating": "translating", "training": "training step"}[what]
+                    label = {"translating": "translating", "training": "gradient (training)"}[what]
                     axis.plot([n["value"] for n in here], [n[key] for n in here], "o-",
                               color=color, markersize=4, label=label)  # fmt: skip
             axis.set_xlim(left=0)
@@ -126,7 +131,7 @@ def draw(lines: list[dict], title: str):
 
 
 def table(lines: list[dict]) -> list[str]:
-    rows = ["| varied | value | translating, s | MB | training step, s | MB |", "|" + " --- |" * 6]
+    rows = ["| varied | value | translating, s | MB | gradient, s | MB |", "|" + " --- |" * 6]
     for name, values in SWEEPS.items():
         for value in values:
             cells = [LABELS[name], str(value)]

@@ -216,7 +216,7 @@ def command(monkeypatch, capsys, tmp_path, says):
     known = ("fr-en", "de-en", "es-en", "en-zh-CN", "en-de")
     model = SimpleNamespace(config=SimpleNamespace(directions=known))
     monkeypatch.setattr(translate.LLaST, "from_pretrained", lambda *args: model)
-    monkeypatch.setattr(translate, "merge_lora", lambda model: None)
+    monkeypatch.setattr(translate, "merge_lora", lambda model, for_good: None)
 
     def read_corpus(root, source, target):
         rows = [] if source == "es" else rows_of(source, target)
