@@ -668,9 +668,7 @@ def run(args: argparse.Namespace) -> int:
         train(model, batches, dev, settings, out)
         for path, reason in batches.skipped.items():
             print(f"left out of training: {path}: {reason}")
-        with phase(
-            "on a test clip", f"the model is saved in {short(out)}, and a smaller one needs less"
-        ):
+        with phase(f"on a test clip, the model is saved in {short(out)}", SMALLER):
             finish(model, splits["test"], settings, out, began)
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C; saving what has been learnt so far")

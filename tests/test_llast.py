@@ -378,3 +378,10 @@ def test_run_and_bases_can_move_together(tree, tmp_path, monkeypatch):
     assert torch.equal(losses(LLaST.from_pretrained(tmp_path / "moved" / "run")), expected)
     monkeypatch.chdir(tmp_path / "moved" / "run")
     assert torch.equal(losses(LLaST.from_pretrained(".")), expected)
+
+
+def test_compiling_without_a_compiler_is_refused(bases, monkeypatch):
+    model = LLaST.fresh(config_for(bases))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler"):
+        model.compile_layers()

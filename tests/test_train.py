@@ -165,7 +165,7 @@ def test_out_of_memory_names_the_flags_that_help(monkeypatch, corpus, tmp_path, 
         (LLaST, "forward", "in training, on a batch of", "--recompute all"),
         (LLaST, "fresh", "while loading the models", "--llm"),
         (train, "score_rows", "on the dev clips", "--recompute all"),
-        (train, "finish", "on a test clip", "the model is saved"),
+        (train, "finish", "on a test clip", "--llm"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(where, name, too_much)
