@@ -62,7 +62,6 @@ class Preset:
     asr: float  # share of clips that are also transcribed
     en_step: int  # of the clips in English every n-th is translated
     lr: float  # peak
-    beta2: float  # AdamW's memory of squared gradients
     schedule: str
     warmup: float  # share of all steps
     batch: int  # positions
@@ -81,16 +80,15 @@ TINY, WEIGHTS = HERE / "tiny", HERE / "weights"
 PAPER = dict(
     encoder=WEIGHTS / "whisper-large-v2", data=HERE / "corpus", lang="paper", window="30s",
     encoder_rank=128, encoder_alpha=64, llm_rank=512, llm_alpha=256, dropout=0.05, asr=1.0,
-    en_step=1, lr=2e-4, beta2=0.999, schedule="linear", warmup=0.03, batch=6400, accumulate=2,
+    en_step=1, lr=2e-4, schedule="linear", warmup=0.03, batch=6400, accumulate=2,
     recompute="all", epochs=1, beams=5,
 )  # fmt: skip
 PRESETS = {
-    # beta2 of 0.999 averages over about as many steps as this run has; with less it learns faster.
     "tiny": Preset(
         encoder=TINY / "whisper", llm=TINY / "llama", data=TINY / "corpus", lang="fr",
         template="llama2", window="clip", encoder_rank=16, encoder_alpha=32, llm_rank=16,
-        llm_alpha=32, dropout=0.0, asr=0.3, en_step=1, lr=1e-3, beta2=0.95, schedule="linear",
-        warmup=0.05, batch=1100, accumulate=1, recompute="none", epochs=4, beams=5,
+        llm_alpha=32, dropout=0.0, asr=0.5, en_step=1, lr=1e-3, schedule="linear", warmup=0.05,
+        batch=1100, accumulate=1, recompute="none", epochs=4, beams=5,
     ),
     "llast-2b": Preset(
         llm=WEIGHTS / "TinyLlama-1.1B-Chat-v1.0", template="tinyllama", **PAPER
@@ -551,8 +549,7 @@ def ahead(items: Iterator) -> Iterator[tuple]:
 def train(model: LLaST, batches: Batches, dev: Batches, settings: Preset, out: Path):
     """The whiteboard loop: loss, gradient, step; dev scores and a save after every epoch."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    how = {"lr": settings.lr, "betas": (0.9, settings.beta2), "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW(trained, **how, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0, fused=True)
     per_epoch = [
         math.ceil(len(batches.groups(e)) / settings.accumulate) for e in range(settings.epochs)
     ]
