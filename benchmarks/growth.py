@@ -31,6 +31,7 @@ from compare import (
     training_batch,
     write_below,
 )
+from PIL import Image
 from tqdm import tqdm
 
 from llast import LLaST, pick_device
@@ -128,6 +129,7 @@ def draw(lines: list[dict], title: str):
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     figure.savefig(HERE / "growth.png", dpi=80)
+    Image.open(HERE / "growth.png").quantize(32).save(HERE / "growth.png", optimize=True)
 
 
 def table(lines: list[dict]) -> list[str]:
