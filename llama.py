@@ -46,6 +46,7 @@ class Cache:
         self.replace(lambda x: x[rows])
 
     def replace(self, change):
+        """Put the changed keys and values in the place of each layer's."""
         for i, (k, v) in enumerate(self.layers):  # in turn, so that no two whole caches are held
             self.layers[i] = change(k), change(v)
 

@@ -25,14 +25,7 @@ from tqdm import tqdm
 
 from data import TEMPLATES, Batch, Batches, Row, every_nth, parse_directions, read_corpus
 from llama import Llama, LlamaConfig
-from llast import (
-    LLaST,
-    LLaSTConfig,
-    encoder_flops,
-    llm_flops,
-    pick_device,
-    projector_flops,
-)
+from llast import LLaST, LLaSTConfig, encoder_flops, llm_flops, pick_device, projector_flops
 from lora import merge_lora
 from translate import describe, metrics, score_rows, translate
 from whisper_encoder import WINDOWS, WhisperConfig, WhisperEncoder
@@ -242,9 +235,8 @@ def activation_bytes(settings, W: WhisperConfig, L: LlamaConfig, B: int, S: int,
     ):
         kept += layers * (its_input if again else layer)
         largest = max(largest, layer if again else 0)
-    return (
-        kept + largest + B * ANSWER * 10 * L.vocab_size
-    )  # logits in bf16, in float32, and their gradient
+    logits = B * ANSWER * 10 * L.vocab_size  # in bf16, in float32, and their gradient
+    return kept + largest + logits
 
 
 def translation_bytes(settings: Preset, W: WhisperConfig, L: LlamaConfig, S: int, P: int) -> int:
@@ -276,8 +268,9 @@ def example_flops(
     convolutions, in_encoder, attention = encoder_flops(W, S)  # no gradient goes to the first
     P = heard + text
     in_llm, causal = llm_flops(L, P)
-    encoder_lora, llm_lora = (2 * n for n in lora_size(settings, W, L))  # in a layer, a position
-    encoder_lora, llm_lora = S * W.encoder_layers * encoder_lora, P * L.num_hidden_layers * llm_lora
+    in_encoder_layer, in_llm_layer = lora_size(settings, W, L)
+    encoder_lora = 2 * S * W.encoder_layers * in_encoder_layer
+    llm_lora = 2 * P * L.num_hidden_layers * in_llm_layer
     frozen = in_encoder + in_llm + 2 * answer * L.hidden_size * L.vocab_size
     trained = encoder_lora + llm_lora + projector_flops(W, L, heard)
     again = in_llm + causal + llm_lora if settings.recompute != "none" else 0

@@ -254,7 +254,6 @@ def fill(result: Translation, pieces: list[tuple[int, int, list[Answer]]], n_bes
         result.n_best = [{"text": answer.text, "score": answer.score} for answer in answers]
         return
     result.n_best = [{"text": result.text, "score": result.score}]
-    result.pieces = []
     for (start, end, _), answer in zip(pieces, best, strict=True):
         times = {"start": start / SAMPLE_RATE, "end": end / SAMPLE_RATE}
         result.pieces.append(times | {"text": answer.text})
