@@ -185,7 +185,10 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention, then the MLP; each reads a normed copy and adds to the stream."""
+    """Attention, then the MLP; each reads a normed copy and adds to the stream.
+
+    The MLP works on all positions, or on those `asked` for.
+    """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -194,9 +197,11 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, past=None, can_attend=None):
+    def forward(self, x, cos, sin, past=None, can_attend=None, asked=None):
         y, present = self.self_attn(self.input_layernorm(x), cos, sin, past, can_attend)
         x = x + y
+        if asked is not None:
+            x = x[asked]  # (n, D)
         return x + self.mlp(self.post_attention_layernorm(x)), present
 
 
@@ -243,12 +248,17 @@ class Llama(nn.Module):
         cache: Cache | None = None,
         positions: Tensor | None = None,
         can_attend: Tensor | None = None,
+        asked: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Cache]:
         """Embeddings (B, T, D) -> normed states (B, T, D) and the cache with them added.
 
         Without a cache: plain causal attention over T. With one, `positions` (B, T) say where each
         token stands, and `can_attend` (B, T, past + T) which keys it sees: what was there, then
         the T tokens themselves. None is all, for a single token.
+
+        Where states are not needed everywhere, `asked` holds the rows and the places of n that
+        are, and (n, D) comes back. No later layer looks at the others, so the last MLP leaves them
+        out: with four layers an eighth of a training step.
         """
         B, T, D = x.shape
         if cache is None and can_attend is not None:
@@ -266,10 +276,12 @@ class Llama(nn.Module):
         grown = []
         for i, layer in enumerate(self.model.layers):
             past = (*cache.layers[i], cache.length) if cache else None
+            here = asked if layer is self.model.layers[-1] else None
+            given = x, cos, sin, past, can_attend, here
             if self.recompute and torch.is_grad_enabled():
-                x, present = checkpoint(layer, x, cos, sin, use_reentrant=False)
+                x, present = checkpoint(layer, *given, use_reentrant=False)
             else:
-                x, present = layer(x, cos, sin, past, can_attend)
+                x, present = layer(*given)
             grown.append(present)
         if cache is None:
             cache = Cache(grown)

@@ -163,11 +163,11 @@ class LLaST(nn.Module):
         x = pad_sequence(rows, batch_first=True)  # (B, P, D)
         labels = pad_sequence(labels, batch_first=True, padding_value=IGNORE)  # (B, P)
 
-        hidden = self.llm.hidden(x)[0]  # (B, P, D)
-        following = labels[:, 1:]  # position p predicts the token at p + 1
-        is_asked = following != IGNORE
-        logits = self.llm.logits(hidden[:, :-1][is_asked])  # the whole vocabulary only where asked
-        return F.cross_entropy(logits.float(), following[is_asked], reduction="none")
+        following = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # position p predicts that at p + 1
+        asked = (following != IGNORE).nonzero(as_tuple=True)  # the vocabulary is wide: only here
+        hidden = self.llm.hidden(x, asked=asked)[0]  # (answer tokens, D)
+        logits = self.llm.logits(hidden)  # (answer tokens, V)
+        return F.cross_entropy(logits.float(), following[asked], reduction="none")
 
     def compile_layers(self):
         """Compile each layer in place, for any shape: slow at first, then faster."""
@@ -290,11 +290,15 @@ def projector_flops(W: WhisperConfig, L: LlamaConfig, S: int) -> int:
     return 2 * S * (W.d_model * D + 2 * D * D)
 
 
-def llm_flops(L: LlamaConfig, T: int, past: int = 0) -> tuple[int, int]:
-    """Of T positions after `past` others, the vocabulary left out: linear layers, attention."""
+def llm_flops(L: LlamaConfig, T: int, asked: int, past: int = 0) -> tuple[int, int]:
+    """Of T positions after `past` others, the vocabulary left out: linear layers, attention.
+
+    The last MLP works on the `asked` of the T.
+    """
     D, layers, q = L.hidden_size, L.num_hidden_layers, L.num_attention_heads * L.head_dim
     kv = L.num_key_value_heads * L.head_dim
-    linears = 2 * T * layers * (2 * D * q + 2 * D * kv + 3 * D * L.intermediate_size)
+    linears = 2 * T * layers * (2 * D * q + 2 * D * kv)
+    linears += 2 * ((layers - 1) * T + asked) * 3 * D * L.intermediate_size
     seen = T * past + T * (T + 1) // 2  # positions before it and itself, of each of the T
     return linears, 4 * layers * q * seen
 

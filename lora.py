@@ -35,14 +35,14 @@ class LoRALinear(nn.Linear):
         self.merged = False
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
         if self.merged:
-            return y
-        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
-        B = self.lora_B.to(x.dtype)
-        # y + scale * low B^T in one pass over the wide y, which would take three.
-        wide = torch.addmm(y.flatten(0, -2), low.flatten(0, -2), B.T, alpha=self.scale)
-        return wide.view_as(y)
+            return F.linear(x, self.weight, self.bias)
+        rows = x.flatten(0, -2)
+        y = F.linear(rows, self.weight, self.bias)
+        low = F.linear(F.dropout(rows, self.dropout, self.training), self.lora_A.to(x.dtype))
+        # In place: y is wide, and a product, a scaled copy and a sum would each pass over it.
+        y.addmm_(low, self.lora_B.to(x.dtype).T, alpha=self.scale)
+        return y.unflatten(0, x.shape[:-1])
 
     @torch.no_grad()
     def fold(self, sign: int):

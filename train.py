@@ -202,13 +202,14 @@ def mix(settings: Preset) -> tuple[list[tuple[str, int, int]], float]:
     return rows, seconds / clips
 
 
-def lora_size(settings: Preset, W: WhisperConfig, L: LlamaConfig) -> tuple[int, int]:
-    """Parameters of the LoRA in one layer of the encoder and in one of the LLM."""
+def lora_size(settings: Preset, W: WhisperConfig, L: LlamaConfig) -> tuple[int, int, int]:
+    """Parameters of the LoRA in a layer of the encoder, in the LLM's attention and in its MLP."""
     Da, D, kv = W.d_model, L.hidden_size, L.num_key_value_heads * L.head_dim
     q = L.num_attention_heads * L.head_dim
     encoder = settings.encoder_rank * (4 * 2 * Da + 2 * (Da + W.encoder_ffn_dim))
-    llm = settings.llm_rank * (2 * (D + q) + 2 * (D + kv) + 3 * (D + L.intermediate_size))
-    return encoder, llm
+    attention = settings.llm_rank * (2 * (D + q) + 2 * (D + kv))
+    mlp = settings.llm_rank * 3 * (D + L.intermediate_size)
+    return encoder, attention, mlp
 
 
 def activation_bytes(settings, W: WhisperConfig, L: LlamaConfig, B: int, S: int, P: int) -> int:
@@ -216,19 +217,21 @@ def activation_bytes(settings, W: WhisperConfig, L: LlamaConfig, B: int, S: int,
 
     Counted line by line in SelfAttention, Attention, MLP and LoRALinear, whose dropout keeps a mask
     of one byte and a copy of its input. A recomputed layer leaves its input, and one is open.
+    The last MLP of the LLM works on answers alone.
     """
     D, H, F = L.hidden_size, L.num_attention_heads, L.intermediate_size
     q, kv, Da, Fe = H * L.head_dim, L.num_key_value_heads * L.head_dim, W.d_model, W.encoder_ffn_dim
     if settings.dropout:  # for each of the seven, and of the six
-        llm, encoder = 3 * (3 * D + q + 2 * D + F), 3 * (5 * Da + Fe)
+        attention, mlp, encoder = 3 * (3 * D + q), 3 * (2 * D + F), 3 * (5 * Da + Fe)
     else:  # one for all that read it; the output projection's is kept by attention already
-        llm, encoder = 2 * (D + D + F), 2 * (2 * Da + Fe)
-    llm += 8 * D + 4 * (q + kv) + 4 * H + 6 * F + 2 * 7 * settings.llm_rank
+        attention, mlp, encoder = 2 * D, 2 * (D + F), 2 * (2 * Da + Fe)
+    attention += 4 * D + 4 * (q + kv) + 4 * H + 2 * 4 * settings.llm_rank
+    mlp += 4 * D + 6 * F + 2 * 3 * settings.llm_rank
     encoder += 4 * Da + 8 * Da + 2 * Fe
     encoder += 4 * W.encoder_attention_heads + 2 * 6 * settings.encoder_rank
-    in_encoder, in_llm = (2 * n for n in lora_size(settings, W, L))  # LoRA's weights in bf16
-    encoder, llm = B * S * encoder + in_encoder, B * P * llm + in_llm
-    kept = largest = 0
+    in_encoder, *in_llm = (2 * n for n in lora_size(settings, W, L))  # LoRA's weights in bf16
+    encoder, llm = B * S * encoder + in_encoder, B * P * (attention + mlp) + sum(in_llm)
+    kept, largest = -B * (P - ANSWER) * mlp if settings.recompute == "none" else 0, 0
     for layers, layer, its_input, again in (
         (W.encoder_layers, encoder, 2 * B * S * Da, settings.recompute == "all"),
         (L.num_hidden_layers, llm, 2 * B * P * D, settings.recompute != "none"),
@@ -242,17 +245,17 @@ def activation_bytes(settings, W: WhisperConfig, L: LlamaConfig, B: int, S: int,
 def translation_bytes(settings: Preset, W: WhisperConfig, L: LlamaConfig, S: int, P: int) -> int:
     """What it takes to translate CLIPS at once beside the weights, in bf16.
 
-    The most of three: a layer of the encoder; the last layer that reads the prompts, with the keys
-    and values of all; the steps, with room for more of them and the logits.
+    The most of three: a layer of the encoder; the last layer but one that reads the prompts, with
+    the keys and values so far; the steps, with room for more of them and the logits.
     """
     F, D, kv = L.intermediate_size, L.hidden_size, L.num_key_value_heads * L.head_dim
     encoder = 2 * CLIPS * S * (2 * W.encoder_ffn_dim + 3 * W.d_model)
-    position = 2 * 2 * L.num_hidden_layers * kv  # keys and values
-    prompts = CLIPS * P * (position + 2 * (3 * F + 6 * D))
+    position = 2 * 2 * kv  # keys and values, of one layer
+    prompts = CLIPS * P * ((L.num_hidden_layers - 1) * position + 2 * (3 * F + 6 * D))
     room = P  # it grows as llama.Cache lets it grow
     while room < P + settings.beams * (ANSWER - 1):
         room += max(settings.beams, room // 2)
-    steps = CLIPS * (position * room + 14 * settings.beams * L.vocab_size)
+    steps = CLIPS * (L.num_hidden_layers * position * room + 14 * settings.beams * L.vocab_size)
     return max(encoder, prompts, steps)
 
 
@@ -267,10 +270,10 @@ def example_flops(
     """
     convolutions, in_encoder, attention = encoder_flops(W, S)  # no gradient goes to the first
     P = heard + text
-    in_llm, causal = llm_flops(L, P)
-    in_encoder_layer, in_llm_layer = lora_size(settings, W, L)
+    in_llm, causal = llm_flops(L, P, asked=answer)
+    in_encoder_layer, in_attention, in_mlp = lora_size(settings, W, L)
     encoder_lora = 2 * S * W.encoder_layers * in_encoder_layer
-    llm_lora = 2 * P * L.num_hidden_layers * in_llm_layer
+    llm_lora = 2 * P * L.num_hidden_layers * (in_attention + in_mlp) - 2 * (P - answer) * in_mlp
     frozen = in_encoder + in_llm + 2 * answer * L.hidden_size * L.vocab_size
     trained = encoder_lora + llm_lora + projector_flops(W, L, heard)
     again = in_llm + causal + llm_lora if settings.recompute != "none" else 0

@@ -106,8 +106,8 @@ def read_prompts(llm: Llama, prompts: list[Tensor]) -> tuple[Tensor, Cache, Tens
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     x = pad_sequence(prompts, batch_first=True)  # (B, P, D)
     is_real = torch.arange(x.shape[1], device=device) < lengths[:, None]  # (B, P)
-    hidden, cache = llm.hidden(x)  # (B, P, D)
-    return hidden[torch.arange(B, device=device), lengths - 1], cache, is_real
+    last, cache = llm.hidden(x, asked=(torch.arange(B, device=device), lengths - 1))  # (B, D)
+    return last, cache, is_real
 
 
 @torch.inference_mode()
@@ -382,7 +382,8 @@ class Meter:
 
         def count_layers(_, args):
             (B, T, _), past = args[0].shape, args[3][2] if args[3] else 0
-            self.flops += B * sum(llm_flops(L, T, past))
+            asked = T if args[5] is None else len(args[5][0]) // B
+            self.flops += B * sum(llm_flops(L, T, asked, past))
 
         def count_head(_, args):
             self.flops += 2 * args[0].numel() * L.vocab_size
@@ -392,7 +393,7 @@ class Meter:
             for module, count in (
                 (model.speech_encoder, count_encoder),
                 (model.projector, count_projector),
-                (model.llm.model.layers[0], count_layers),
+                (model.llm.model.layers[-1], count_layers),
                 (model.llm.lm_head, count_head),
             )
         ]

@@ -546,9 +546,9 @@ def translation_phases(model: LLaST, window: str, audio: list[Tensor]) -> list[P
     middle = ANSWER // 2  # answers of half the length stand for the growing ones
     return [
         encoder_phase(model, heard),
-        Phase(sum(sum(llm_flops(L, P)) + word for P in prompts), weights),
+        Phase(sum(sum(llm_flops(L, P, 1)) + word for P in prompts), weights),
         Phase(
-            sum(sum(llm_flops(L, 5, P + middle)) + 5 * word for P in prompts),
+            sum(sum(llm_flops(L, 5, 5, P + middle)) + 5 * word for P in prompts),
             weights + sum(P + 5 * middle for P in prompts) * kv,
             times=ANSWER - 1,
         ),
@@ -560,16 +560,17 @@ def prefill_case(bench: Bench, ours: LLaST, peer: Peer):
     """The LLM over the speech of 5 s and a prompt; the vocabulary only at the last position."""
     D, dtype = ours.llm.config.hidden_size, ours.llm.lm_head.weight.dtype
     x = torch.randn(1, 250 + PROMPT, D).to(bench.device, dtype)
+    last = torch.tensor([0]), torch.tensor([250 + PROMPT - 1])
 
     def mine():
-        return ours.llm.logits(ours.llm.hidden(x)[0][:, -1])
+        return ours.llm.logits(ours.llm.hidden(x, asked=last)[0])
 
     def theirs():
         return peer.llm(inputs_embeds=x, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     same("prefill", mine(), theirs(), dtype)
     L, weights = ours.llm.config, bytes_of(ours.llm.model.layers) + bytes_of(ours.llm.lm_head)
-    phase = Phase(sum(llm_flops(L, 250 + PROMPT)) + 2 * D * L.vocab_size, weights)
+    phase = Phase(sum(llm_flops(L, 250 + PROMPT, 1)) + 2 * D * L.vocab_size, weights)
     bench.compare("LLM over 5 s of speech and the prompt", mine, theirs, [phase])
 
 

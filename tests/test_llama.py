@@ -121,6 +121,20 @@ def test_embed_hidden_and_logits_compose_to_the_forward_pass(llama):
     assert [k.shape for k, v in cache.layers] == [(2, 3, 9, 6)] * 2 and cache.length == 9
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_states_that_were_asked_for_are_those_of_all(llama, recompute, monkeypatch):
+    x = llama.embed(make_golden.ids()).detach().requires_grad_()
+    asked = torch.tensor([1, 0, 0, 1]), torch.tensor([8, 3, 0, 5])
+    monkeypatch.setattr(llama, "recompute", recompute)
+    found = []
+    for hidden in (llama.hidden(x)[0][asked], llama.hidden(x, asked=asked)[0]):
+        assert hidden.shape == (4, LLAMA["hidden_size"])
+        found.append((hidden, torch.autograd.grad((hidden**3).sum(), x)[0]))
+    (states, gradient), (same, again) = found
+    assert_close(same, states, 1e-5)
+    assert_close(again / gradient.abs().max(), gradient / gradient.abs().max(), 1e-6)
+
+
 def test_a_token_never_sees_what_follows(llama):
     ids = make_golden.ids()
     other = ids.clone()
