@@ -171,7 +171,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU: one projection, gated by another. (B, T, D) -> (B, T, D)"""
+    """SwiGLU: one projection, gated by another. (..., D) -> (..., D)"""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -258,7 +258,7 @@ class Llama(nn.Module):
 
         Where states are not needed everywhere, `asked` holds the rows and the places of n that
         are, and (n, D) comes back. No later layer looks at the others, so the last MLP leaves them
-        out: with four layers an eighth of a training step.
+        out: of four layers, a tenth of a training step's arithmetic.
         """
         B, T, D = x.shape
         if cache is None and can_attend is not None:

@@ -41,7 +41,7 @@ class LoRALinear(nn.Linear):
         y = F.linear(rows, self.weight, self.bias)
         low = F.linear(F.dropout(rows, self.dropout, self.training), self.lora_A.to(x.dtype))
         # In place: y is wide, and a product, a scaled copy and a sum would each pass over it.
-        y.addmm_(low, self.lora_B.to(x.dtype).T, alpha=self.scale)
+        y.addmm_(low, self.lora_B.to(y.dtype).T, alpha=self.scale)
         return y.unflatten(0, x.shape[:-1])
 
     @torch.no_grad()

@@ -79,9 +79,9 @@ PAPER = dict(
 PRESETS = {
     "tiny": Preset(
         encoder=TINY / "whisper", llm=TINY / "llama", data=TINY / "corpus", lang="fr",
-        template="llama2", window="clip", encoder_rank=16, encoder_alpha=32, llm_rank=16,
-        llm_alpha=32, dropout=0.0, asr=0.5, en_step=1, lr=1e-3, schedule="linear", warmup=0.05,
-        batch=1100, accumulate=1, recompute="none", epochs=4, beams=5,
+        template="llama2", window="clip", encoder_rank=16, encoder_alpha=8, llm_rank=16,
+        llm_alpha=8, dropout=0.0, asr=1.0, en_step=1, lr=1e-3, schedule="linear", warmup=0.05,
+        batch=1100, accumulate=1, recompute="none", epochs=3, beams=5,
     ),
     "llast-2b": Preset(
         llm=WEIGHTS / "TinyLlama-1.1B-Chat-v1.0", template="tinyllama", **PAPER

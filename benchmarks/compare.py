@@ -560,7 +560,7 @@ def prefill_case(bench: Bench, ours: LLaST, peer: Peer):
     """The LLM over the speech of 5 s and a prompt; the vocabulary only at the last position."""
     D, dtype = ours.llm.config.hidden_size, ours.llm.lm_head.weight.dtype
     x = torch.randn(1, 250 + PROMPT, D).to(bench.device, dtype)
-    last = torch.tensor([0]), torch.tensor([250 + PROMPT - 1])
+    last = tuple(torch.tensor([[0], [250 + PROMPT - 1]], device=bench.device))  # row, position
 
     def mine():
         return ours.llm.logits(ours.llm.hidden(x, asked=last)[0])
