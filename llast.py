@@ -164,9 +164,7 @@ class LLaST(nn.Module):
         labels = pad_sequence(labels, batch_first=True, padding_value=IGNORE)  # (B, P)
 
         following = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # position p predicts that at p + 1
-        asked = (following != IGNORE).nonzero(
-            as_tuple=True
-        )  # the last MLP and the vocabulary: here only
+        asked = torch.where(following != IGNORE)  # here alone work the last MLP and the head
         hidden = self.llm.hidden(x, asked=asked)[0]  # (answer tokens, D)
         logits = self.llm.logits(hidden)  # (answer tokens, V)
         return F.cross_entropy(logits.float(), following[asked], reduction="none")

@@ -217,7 +217,6 @@ def activation_bytes(settings, W: WhisperConfig, L: LlamaConfig, B: int, S: int,
 
     Counted line by line in SelfAttention, Attention, MLP and LoRALinear, whose dropout keeps a mask
     of one byte and a copy of its input. A recomputed layer leaves its input, and one is open.
-    The last MLP of the LLM works on answers alone.
     """
     D, H, F = L.hidden_size, L.num_attention_heads, L.intermediate_size
     q, kv, Da, Fe = H * L.head_dim, L.num_key_value_heads * L.head_dim, W.d_model, W.encoder_ffn_dim
@@ -231,13 +230,15 @@ def activation_bytes(settings, W: WhisperConfig, L: LlamaConfig, B: int, S: int,
     encoder += 4 * W.encoder_attention_heads + 2 * 6 * settings.encoder_rank
     in_encoder, *in_llm = (2 * n for n in lora_size(settings, W, L))  # LoRA's weights in bf16
     encoder, llm = B * S * encoder + in_encoder, B * P * (attention + mlp) + sum(in_llm)
-    kept, largest = -B * (P - ANSWER) * mlp if settings.recompute == "none" else 0, 0
+    kept = largest = 0
     for layers, layer, its_input, again in (
         (W.encoder_layers, encoder, 2 * B * S * Da, settings.recompute == "all"),
         (L.num_hidden_layers, llm, 2 * B * P * D, settings.recompute != "none"),
     ):
         kept += layers * (its_input if again else layer)
         largest = max(largest, layer if again else 0)
+    if settings.recompute == "none":  # the last MLP of the LLM works on answers alone
+        kept -= B * (P - ANSWER) * mlp
     logits = B * ANSWER * 10 * L.vocab_size  # in bf16, in float32, and their gradient
     return kept + largest + logits
 
