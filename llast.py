@@ -133,10 +133,10 @@ class LLaST(nn.Module):
         lengths = torch.tensor([len(mel) // 2 for mel in mels], device=self.device)
         mel = pad_sequence(mels, batch_first=True).transpose(1, 2)  # (B, M, 2S)
         mel = mel.to(self.speech_encoder.conv1.weight.dtype)
-        states = self.speech_encoder(mel, lengths)  # (B, S, Da)
         # Keep each clip's own states: not the silence of a 30 s window, not a neighbour's length.
         n_real = [n_states(len(clip)) for clip in audio]
-        speech = self.projector(states[:, : max(n_real)]).to(self.llm.lm_head.weight.dtype)
+        states = self.speech_encoder(mel, lengths, max(n_real))  # (B, n, Da)
+        speech = self.projector(states).to(self.llm.lm_head.weight.dtype)
         return [clip[:n] for clip, n in zip(speech, n_real, strict=True)]
 
     def splice(self, ids: Tensor, speech: Tensor) -> Tensor:
@@ -277,12 +277,13 @@ def fingerprint(base: Path) -> str:
 # Multiplications and additions of a forward pass, without LoRA: merged, it costs nothing.
 
 
-def encoder_flops(W: WhisperConfig, S: int) -> tuple[int, int, int]:
-    """Of a clip of S states: convolutions, linear layers, attention."""
-    Da, layers = W.d_model, W.encoder_layers
+def encoder_flops(W: WhisperConfig, S: int, n: int) -> tuple[int, int, int]:
+    """Of S states, the first n of them needed: convolutions, linear layers, attention."""
+    Da, all_but_last = W.d_model, W.encoder_layers - 1
     convolutions = 12 * S * W.num_mel_bins * Da + 6 * S * Da * Da
-    linears = 2 * S * layers * (4 * Da * Da + 2 * Da * W.encoder_ffn_dim)
-    return convolutions, linears, 4 * layers * S * S * Da
+    keys_and_values, others = 2 * Da * Da, 2 * Da * Da + 2 * Da * W.encoder_ffn_dim
+    linears = 2 * (W.encoder_layers * S * keys_and_values + (all_but_last * S + n) * others)
+    return convolutions, linears, 4 * (all_but_last * S + n) * S * Da
 
 
 def projector_flops(W: WhisperConfig, L: LlamaConfig, S: int) -> int:

@@ -217,6 +217,7 @@ def activation_bytes(settings, W: WhisperConfig, L: LlamaConfig, B: int, S: int,
 
     Counted line by line in SelfAttention, Attention, MLP and LoRALinear, whose dropout keeps a mask
     of one byte and a copy of its input. A recomputed layer leaves its input, and one is open.
+    What the last layer of the encoder leaves out of a 30 s window is not taken off.
     """
     D, H, F = L.hidden_size, L.num_attention_heads, L.intermediate_size
     q, kv, Da, Fe = H * L.head_dim, L.num_key_value_heads * L.head_dim, W.d_model, W.encoder_ffn_dim
@@ -269,17 +270,20 @@ def example_flops(
     A frozen matrix costs a forward pass and the gradient of its input; a trained one that of its
     weight as well. Attention's backward pass is 2.5 times its forward pass.
     """
-    convolutions, in_encoder, attention = encoder_flops(W, S)  # no gradient goes to the first
+    convolutions, in_encoder, attention = encoder_flops(W, S, heard)
     P = heard + text
     in_llm, causal = llm_flops(L, P, asked=answer)
     in_encoder_layer, in_attention, in_mlp = lora_size(settings, W, L)
-    encoder_lora = 2 * S * W.encoder_layers * in_encoder_layer
+    not_keys = in_encoder_layer - settings.encoder_rank * 4 * W.d_model  # nor values
+    encoder_lora = 2 * S * W.encoder_layers * in_encoder_layer - 2 * (S - heard) * not_keys
     llm_lora = 2 * P * L.num_hidden_layers * (in_attention + in_mlp) - 2 * (P - answer) * in_mlp
     frozen = in_encoder + in_llm + 2 * answer * L.hidden_size * L.vocab_size
     trained = encoder_lora + llm_lora + projector_flops(W, L, heard)
     again = in_llm + causal + llm_lora if settings.recompute != "none" else 0
     again += in_encoder + attention + encoder_lora if settings.recompute == "all" else 0
-    return convolutions + 2 * frozen + 3.5 * (attention + causal) + 3 * trained + again
+    # No gradient goes on from the convolutions, nor from the first layer's q, k and v.
+    stays = 2 * S * 3 * W.d_model**2
+    return convolutions + 2 * frozen - stays + 3.5 * (attention + causal) + 3 * trained + again
 
 
 def print_plan(settings: Preset):

@@ -374,8 +374,8 @@ class Meter:
         model, (W, L) = self.model, (self.model.speech_encoder.config, self.model.llm.config)
 
         def count_encoder(_, args):
-            B, _, frames = args[0].shape
-            self.flops += B * sum(encoder_flops(W, frames // 2))
+            (B, _, frames), n = args[0].shape, args[2]
+            self.flops += B * sum(encoder_flops(W, frames // 2, n))
 
         def count_projector(_, args):
             self.flops += projector_flops(W, L, args[0].numel() // W.d_model)

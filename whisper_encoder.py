@@ -124,7 +124,10 @@ class WhisperConfig:
 
 
 class SelfAttention(nn.Module):
-    """Every state looks at every real state of its own clip. (B, S, Da) -> (B, S, Da)"""
+    """Every state looks at every real state of its own clip. (B, S, Da) -> (B, S, Da)
+
+    Given n, only the first n look: (B, n, Da).
+    """
 
     def __init__(self, config: WhisperConfig):
         super().__init__()
@@ -135,19 +138,22 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(Da, Da)
         self.out_proj = nn.Linear(Da, Da)
 
-    def forward(self, x: Tensor, can_attend: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, can_attend: Tensor | None, n: int | None = None) -> Tensor:
         B, S, Da = x.shape
         H = self.n_heads
-        q = self.q_proj(x).view(B, S, H, Da // H).transpose(1, 2)  # (B, H, S, Dh)
+        q = self.q_proj(x[:, :n]).view(B, -1, H, Da // H).transpose(1, 2)  # (B, H, n, Dh)
         k = self.k_proj(x).view(B, S, H, Da // H).transpose(1, 2)  # (B, H, S, Dh)
         v = self.v_proj(x).view(B, S, H, Da // H).transpose(1, 2)  # (B, H, S, Dh)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=can_attend)  # (B, H, S, Dh)
-        y = y.transpose(1, 2).reshape(B, S, Da)  # (B, S, Da)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=can_attend)  # (B, H, n, Dh)
+        y = y.transpose(1, 2).flatten(2)  # (B, n, Da)
         return self.out_proj(y)
 
 
 class EncoderLayer(nn.Module):
-    """Attention, then a two-layer MLP; each reads normed states and adds to them."""
+    """Attention, then a two-layer MLP; each reads normed states and adds to them.
+
+    Given n, to the first n alone, which are returned.
+    """
 
     def __init__(self, config: WhisperConfig):
         super().__init__()
@@ -158,8 +164,8 @@ class EncoderLayer(nn.Module):
         self.fc2 = nn.Linear(config.encoder_ffn_dim, Da)
         self.final_layer_norm = nn.LayerNorm(Da)  # the checkpoint's name for the norm of the MLP
 
-    def forward(self, x: Tensor, can_attend: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.self_attn_layer_norm(x), can_attend)
+    def forward(self, x: Tensor, can_attend: Tensor | None, n: int | None = None) -> Tensor:
+        x = x[:, :n] + self.self_attn(self.self_attn_layer_norm(x), can_attend, n)  # (B, n, Da)
         return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
 
 
@@ -177,10 +183,13 @@ class WhisperEncoder(nn.Module):
         self.layer_norm = nn.LayerNorm(Da)
         self.recompute = False  # keep a layer's input only, and run it again in the backward pass
 
-    def forward(self, mel: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def forward(self, mel: Tensor, lengths: Tensor | None = None, n: int | None = None) -> Tensor:
         """mel (B, M, 2S); lengths (B,) states of each clip, None if all fill S -> (B, S, Da)
 
         Beyond a clip's length the states mean nothing, and nothing before it depends on them.
+
+        Where only the first n states are needed, (B, n, Da) comes back: they look at all S, but the
+        last layer makes no others. In a 30 s window with a short clip that is most of a layer.
         """
         B, M, frames = mel.shape
         S = frames // 2
@@ -202,10 +211,11 @@ class WhisperEncoder(nn.Module):
         x = F.gelu(self.conv2(x)).transpose(1, 2)  # (B, S, Da)
         x = x + self.embed_positions.weight[:S]
         for layer in self.layers:
+            needed = n if layer is self.layers[-1] else None
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, can_attend, use_reentrant=False)
+                x = checkpoint(layer, x, can_attend, needed, use_reentrant=False)
             else:
-                x = layer(x, can_attend)
+                x = layer(x, can_attend, needed)
         return self.layer_norm(x)
 
     @classmethod

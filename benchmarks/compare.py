@@ -432,13 +432,15 @@ def encoder_cases(bench: Bench, ours: LLaST, peer: Peer):
 
     same("encoder", run("30s")(), theirs(), dtype)
     for window, label in (("30s", "both in 30 s"), ("clip", "ours at its length")):
-        phase = encoder_phase(ours, [mels[window].shape[2] // 2])
+        S = mels[window].shape[2] // 2
+        phase = encoder_phase(ours, [(S, S)])
         bench.compare(f"encoder, clip of 5 s, {label}", run(window), theirs, [phase])
 
 
-def encoder_phase(model: LLaST, states: list[int]) -> Phase:
+def encoder_phase(model: LLaST, clips: list[tuple[int, int]]) -> Phase:
+    """Clips as (states, states needed)."""
     W, weights = model.speech_encoder.config, bytes_of(model.speech_encoder)
-    return Phase(sum(sum(encoder_flops(W, S)) for S in states), weights)
+    return Phase(sum(sum(encoder_flops(W, S, n)) for S, n in clips), weights)
 
 
 def bytes_of(module: nn.Module, without: str = "nothing") -> int:
@@ -537,7 +539,7 @@ def translation_phases(model: LLaST, window: str, audio: list[Tensor]) -> list[P
     """Encoder, prompts, then steps of 5 beams that go on to the longest answer allowed."""
     W, L, head = model.speech_encoder.config, model.llm.config, bytes_of(model.llm.lm_head)
     states = [n_states(len(clip)) for clip in audio]
-    heard = [W.max_source_positions] * len(audio) if window == "30s" else states
+    given = [W.max_source_positions] * len(audio) if window == "30s" else states
     prompts = [S + PROMPT - 1 for S in states]
     weights = bytes_of(model.llm.model.layers) + head
     kv = 2 * L.num_hidden_layers * L.num_key_value_heads * L.head_dim
@@ -545,7 +547,7 @@ def translation_phases(model: LLaST, window: str, audio: list[Tensor]) -> list[P
     word = 2 * L.hidden_size * L.vocab_size
     middle = ANSWER // 2  # answers of half the length stand for the growing ones
     return [
-        encoder_phase(model, heard),
+        encoder_phase(model, list(zip(given, states, strict=True))),
         Phase(sum(sum(llm_flops(L, P, 1)) + word for P in prompts), weights),
         Phase(
             sum(sum(llm_flops(L, 5, 5, P + middle)) + 5 * word for P in prompts),

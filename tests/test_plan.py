@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import toys
 import train
 from data import AUDIO_ID, IGNORE, Batch
-from llast import LLaST, LLaSTConfig
+from llast import LLaST, LLaSTConfig, encoder_flops
 from lora import merge_lora
 from translate import beam_search
 
@@ -204,17 +204,22 @@ def test_translating_takes_the_memory_that_is_planned(built, monkeypatch, window
     assert live.peak == pytest.approx(planned, rel=0.1)
 
 
-@pytest.mark.parametrize("recompute", train.RECOMPUTE)
-def test_arithmetic_is_what_a_training_step_does(built, recompute):
-    # Wide, so that attention, which the counter leaves out on a CPU, is a small part of it.
-    settings, model, batch = built(times=8, recompute=recompute)
+@pytest.mark.parametrize(
+    "recompute, window", [*((part, "clip") for part in train.RECOMPUTE), ("none", "30s")]
+)
+def test_arithmetic_is_what_a_training_step_does(built, recompute, window):
+    # Wide, so that the LLM's attention, which the counter leaves out on a CPU, is a small part.
+    settings, model, batch = built(times=8, recompute=recompute, window=window)
     # The counter knows all of our products but the one that LoRA does in place.
     in_place = {torch.ops.aten.addmm_: lambda y, a, b, **_: 2 * a[0] * a[1] * b[1]}
     counter = FlopCounterMode(display=False, custom_mapping=in_place)
     with counter:
         model(batch).sum().backward()
     W, L = model.speech_encoder.config, model.llm.config
-    planned = B * train.example_flops(settings, W, L, S, S, train.TEXT, train.ANSWER)
+    states = W.max_source_positions if window == "30s" else S
+    planned = B * train.example_flops(settings, W, L, states, S, train.TEXT, train.ANSWER)
+    again = recompute == "all"
+    planned -= (3.5 + again) * B * encoder_flops(W, states, S)[2]  # it leaves this out as well
     assert counter.get_total_flops() == pytest.approx(planned, rel=0.04)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -447,12 +448,14 @@ def test_a_cascade_finds_nothing_to_translate_where_nothing_was_said(model, clip
 # ----------------------------------------------------------------------------------------- the cost
 
 
-def test_the_meter_counts_what_the_model_computes(clips, tmp_path):
+@pytest.mark.parametrize("window", ["clip", "30s"])
+def test_the_meter_counts_what_the_model_computes(clips, tmp_path, window):
     # Wide: the counter takes causal attention for the whole square, so it has to be a small part.
     toys.whisper_folder(tmp_path / "whisper", d_model=240, encoder_ffn_dim=400)
     toys.llama_folder(tmp_path / "llama", hidden_size=360, intermediate_size=520, head_dim=60)
     save_model(tmp_path, tmp_path / "trained")
     model = LLaST.from_pretrained(tmp_path / "trained")
+    model.config = replace(model.config, window=window)
     merge_lora(model)
     meter, counter = translate.Meter(model), FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), counter, meter:  # no other attention is counted on a CPU

@@ -178,6 +178,21 @@ def test_lengths_that_fill_the_batch_are_the_same_as_none(encoder):
     assert torch.equal(encoder(mel, torch.tensor([12, 12])), encoder(mel))
 
 
+@pytest.mark.parametrize("recompute", (False, True))
+def test_states_that_are_needed_are_those_of_all(encoder, recompute, monkeypatch):
+    monkeypatch.setattr(encoder, "recompute", recompute)
+    mel = made_up("mel", (2, M, 24), 1.0).requires_grad_()
+    lengths = torch.tensor([5, 9])
+    for known in (lengths, None):
+        found = []
+        for states in (encoder(mel, known)[:, :5], encoder(mel, known, 5)):
+            found.append((states, torch.autograd.grad((states**3).sum(), mel)[0]))
+        (states, gradient), (same, again) = found
+        assert_close(same, states, 1e-5)
+        assert_close(again / gradient.abs().max(), gradient / gradient.abs().max(), 1e-5)
+        assert torch.any(gradient[1, :, 2 * 5 :])  # what is not needed is heard
+
+
 # ------------------------------------------------------------------------------------------ loading
 
 
