@@ -629,16 +629,16 @@ def main():
     print(f"{reason}, torch {torch.__version__}, transformers {transformers.__version__}, peft "
           f"{peft.__version__}; median of {args.times}\n\n{HEADER}")  # fmt: skip
     machine, results = measure_machine(device, dtype), []
+    about = {"device": reason, "torch": torch.__version__, "peft": peft.__version__,
+             "transformers": transformers.__version__, "date": time.strftime("%Y-%m-%d"),
+             "times": args.times, "machine": machine.__dict__}  # fmt: skip
     for size in args.sizes:
         bench = Bench(size, device, machine, args.times)
         run_size(bench, dtype)
         results += bench.results
-    about = {"device": reason, "torch": torch.__version__, "peft": peft.__version__,
-             "transformers": transformers.__version__, "date": time.strftime("%Y-%m-%d"),
-             "times": args.times, "machine": machine.__dict__}  # fmt: skip
-    lines = [r.__dict__ | {"ratio": round(r.ratio, 3)} for r in results]
-    args.json.write_text(json.dumps(about | {"results": lines}, indent=2) + "\n")
-    write_table(results, about)
+        lines = [r.__dict__ | {"ratio": round(r.ratio, 3)} for r in results]
+        args.json.write_text(json.dumps(about | {"results": lines}, indent=2) + "\n")
+        write_table(results, about)  # a larger size may be stopped, and this one is kept
 
 
 def write_table(results: list[Result], about: dict):
