@@ -703,7 +703,8 @@ def read_table(args: argparse.Namespace, source: str, tables: list[Path]):
     if not used or drawn and len(used) < len(SPLITS):
         raise ValueError(
             f"{args.table} has {len(entries)} rows of {source}, which is too few to draw dev and "
-            f"test from; the column split can say {', '.join(SPLITS)}"
+            f"test from: of 20, a draw by their names takes about one each, and it took "
+            f"{' and '.join(sorted(used)) or 'none'}; the column split can say {', '.join(SPLITS)}"
         )
     note = "the table has no column split: 1 clip of 20 was drawn for dev, 1 for test"
     return list(entries.values()), left_out, note if drawn else ""

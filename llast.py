@@ -209,6 +209,8 @@ class LLaST(nn.Module):
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.trained().items()}
         save_file(tensors, folder / "llast.safetensors.tmp")
         (folder / "llast.json.tmp").write_text(json.dumps(about, indent=2) + "\n")
+        # safetensors lets nobody else read its files; they shall be as readable as any other.
+        shutil.copymode(folder / "llast.json.tmp", folder / "llast.safetensors.tmp")
         for name in ("llast.safetensors", "llast.json"):
             os.replace(folder / f"{name}.tmp", folder / name)
 
@@ -347,6 +349,8 @@ def export(model: LLaST, out: Path):
             known = key if key in merged else key.removeprefix("model.")
             tensors[key] = merged.pop(known, tensor).to(tensor.dtype).contiguous()
         save_file(tensors, out / name / "model.safetensors", {"format": "pt"})
+    for file in out.rglob("*.safetensors"):
+        shutil.copymode(out / "use.json", file)
     if merged:
         raise ValueError(f"merged weights that the bases' files do not have: {sorted(merged)[:8]}")
 

@@ -191,12 +191,14 @@ def mix(settings: Preset) -> tuple[list[tuple[str, int, int]], float]:
     """
     rows, clips, seconds, heard = [], 0, 0.0, set()
     for source, target in parse_directions(settings.lang):
-        n, total = COVOST_TRAIN[source][0], 3600 * COVOST_TRAIN[source][1]
+        n, total, share = COVOST_TRAIN[source][0], 3600 * COVOST_TRAIN[source][1], 1.0
         if settings.data.is_dir():
             found = read_corpus(settings.data, source, target)[0]["train"]
             n, total = len(found), sum(row.seconds for row in found)
+            share = sum(bool(row.sentence.strip()) for row in found) / max(1, n)
         st = math.ceil(n / (settings.en_step if source == "en" else 1))
-        rows.append((f"{source}-{target}", st, 0 if source in heard else round(settings.asr * st)))
+        asr = 0 if source in heard else round(settings.asr * share * st)
+        rows.append((f"{source}-{target}", st, asr))
         heard.add(source)
         clips, seconds = clips + n, seconds + total
     return rows, seconds / clips
@@ -508,7 +510,7 @@ class Pace:
         clips, positions, padding, waiting = self.figures().values()
         return (
             f"{clips:.0f} clips/s, {positions:,} positions/s, {padding:.0%} padding, "
-            f"{waiting:.0%} waiting for data"
+            f"{waiting:.0%} waiting"
         )
 
 
@@ -564,7 +566,9 @@ def train(model: LLaST, batches: Batches, dev: Batches, settings: Preset, out: P
         return min((step + 1) / warmup, left)
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
-    bar = tqdm(total=steps, unit="step", dynamic_ncols=True, disable=None)  # on a terminal only
+    # On a terminal only. Its line is full of numbers, so there is none drawn of how far it is.
+    looks = "{percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+    bar = tqdm(total=steps, leave=False, dynamic_ncols=True, disable=None, bar_format=looks)
     feed = ahead if model.device.type == "cuda" else in_turn
     done = 0  # steps
     for epoch in range(settings.epochs):
@@ -650,7 +654,7 @@ def run(args: argparse.Namespace) -> int:
             raise FileNotFoundError(f"{short(base)} is not there; get it with\n    {fetch(base)}")
     about = {name: getattr(args, name) for name in ("preset", "clips", "seed", "compile")}
     about |= asdict(settings)
-    about = {k: str(v) if isinstance(v, Path) else v for k, v in about.items()}
+    about = {k: str(v.absolute()) if isinstance(v, Path) else v for k, v in about.items()}
     torch.manual_seed(args.seed)
     device, dtype, reason = pick_device()
     print(f"device      {reason}")
@@ -686,6 +690,7 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C; saving what has been learnt so far")
         model.save_pretrained(out)
+        print(f"it is in {short(out)}, without test scores. Try:")
         print_command(splits["test"], out)
         return 130
     return 0

@@ -695,12 +695,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="one JSON object a clip, or a direction with --test")
     add("--test", metavar="LANGS", help="score the test sets of these directions, as fr,de,en-ja")
     add("--published", action="store_true", help="print published scores beside those of --test")
-    add(
-        "--data",
-        type=Path,
-        default=HERE / "tiny" / "corpus",
-        help="corpus that --test reads [the embedded one]",
-    )
+    add("--data", type=Path, help="corpus that --test reads [the one the model was trained on]")
     add(
         "--compile",
         action="store_true",
@@ -725,6 +720,16 @@ def show(result: Translation, args: argparse.Namespace):
             print(f"{result.path}\t{answer['score']:.3f}\t{one_line(answer['text'])}")
 
 
+def corpus_of(folder: Path) -> Path:
+    """What a model was trained on, by the run.json beside it."""
+    file = folder / "run.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no run.json that names its corpus; say with --data which to score on"
+        )
+    return Path(json.loads(file.read_text())["data"])
+
+
 def run_tests(
     model: LLaST, args: argparse.Namespace, folder: Path, how: dict, meter
 ) -> list[Translation]:
@@ -733,10 +738,12 @@ def run_tests(
     for source, target in parse_directions(args.test):
         name = source if args.task == "asr" else f"{source}-{target}"
         source, target = choose_direction(model, name, folder, args.task)
-        rows = read_corpus(args.data, source, target)[0]["test"]
+        corpus = args.data or corpus_of(folder)
+        rows = read_corpus(corpus, source, target)[0]["test"]
         if not rows:
-            raise ValueError(f"the {source}-{target} corpus in {args.data} has no test clips")
+            raise ValueError(f"the {source}-{target} corpus in {corpus} has no test clips")
         tests[name] = rows_with_reference(rows, args.task)
+    print(f"the corpus: {corpus}", file=sys.stderr)
     scores, everything = {}, []
     for name, rows in tests.items():
         tsv = folder / f"scored.{args.task}.{name}.tsv"  # test.*.tsv is that of the training

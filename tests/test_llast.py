@@ -275,6 +275,11 @@ def test_only_what_was_trained_is_saved(tree):
     assert saved.keys() == trained_model(tree).trained().keys()
 
 
+def test_who_may_read_the_description_may_read_the_weights(tree):
+    about, weights = (tree / "run" / f"llast.{kind}" for kind in ("json", "safetensors"))
+    assert weights.stat().st_mode == about.stat().st_mode
+
+
 def test_saving_again_replaces_the_model_before(tree):
     model = trained_model(tree)
     model.projector.model[0].weight.data += 1

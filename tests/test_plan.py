@@ -77,6 +77,20 @@ def test_the_embedded_default_is_planned_on_its_own_corpus(monkeypatch, capsys):
     assert "training rows in" in out and "fr-en              1,400       1,400" in out
 
 
+def test_only_clips_with_a_transcript_are_planned_to_be_transcribed(tmp_path, monkeypatch, capsys):
+    clips = train.TINY / "corpus" / "fr" / "clips"
+    (tmp_path / "fr").mkdir()
+    (tmp_path / "fr" / "clips").symlink_to(clips)
+    names = sorted(path.name for path in clips.iterdir())[:4]
+    said = [f"{name}\t{'oui' * (i == 0)}" for i, name in enumerate(names)]
+    translated = [f"{name}\tyes\ttrain" for name in names]
+    (tmp_path / "fr" / "validated.tsv").write_text("\n".join(["path\tsentence", *said]))
+    table = tmp_path / "fr" / "covost_v2.fr_en.tsv"
+    table.write_text("\n".join(["path\ttranslation\tsplit", *translated]))
+    out = planned(monkeypatch, capsys, "--lang", "fr", "--data", str(tmp_path))
+    assert "fr-en                  4           1" in out
+
+
 # --------------------------------------------------------------------- against a real training step
 
 SIZES = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=8,

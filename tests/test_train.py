@@ -208,7 +208,7 @@ def test_the_pace_says_what_is_lost_to_padding():
     pace.add([Batch(audio, rows, rows, torch.tensor([11, 9]))], waited=0.0)
     assert (pace.clips, pace.positions, pace.padded) == (2, 60 + 109, 2 * 109)
     assert pace.figures()["padding"] == round(1 - 169 / 218, 3)
-    assert "22% padding, 0% waiting for data" in str(pace)
+    assert "22% padding, 0% waiting" in str(pace)
 
 
 def test_ctrl_c_leaves_a_model_that_works(corpus, tmp_path):

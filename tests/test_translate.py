@@ -598,6 +598,15 @@ def test_test_scores_the_test_set_and_writes_every_clip(command, quick, made, cl
     assert code == 0 and lines[0].startswith("fr on 2 clips: WER ")
     assert "\tdeux\t" in (made / "trained" / "scored.asr.fr.tsv").read_text()
 
+    # Without --data it is the corpus of the training, which an imported model does not know.
+    code, _, err = command(*quick, "--test", "fr")
+    assert code == 2 and "has no run.json that names its corpus; say with --data" in err
+    (made / "trained" / "run.json").write_text(json.dumps({"data": str(tmp_path)}))
+    code, lines, err = command(*quick, "--test", "fr")
+    (made / "trained" / "run.json").unlink()
+    assert code == 0 and lines[0].startswith("fr-en on 2 clips: BLEU ")
+    assert f"the corpus: {tmp_path}" in err
+
 
 def test_json_of_a_long_clip_says_when_each_piece_is_heard(command, quick, long_clip):
     code, [text], _ = command(*quick, "--json", long_clip)
