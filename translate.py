@@ -723,9 +723,9 @@ def show(result: Translation, args: argparse.Namespace):
 def corpus_of(folder: Path) -> Path:
     """What a model was trained on, by the run.json beside it; without one the embedded corpus."""
     file = folder / "run.json"
-    return (
-        Path(json.loads(file.read_text())["data"]) if file.is_file() else HERE / "tiny" / "corpus"
-    )
+    if file.is_file():
+        return Path(json.loads(file.read_text())["data"])
+    return HERE / "tiny" / "corpus"
 
 
 def run_tests(
