@@ -276,8 +276,9 @@ def example_flops(
     P = heard + text
     in_llm, causal = llm_flops(L, P, asked=answer)
     in_encoder_layer, in_attention, in_mlp = lora_size(settings, W, L)
-    not_keys = in_encoder_layer - settings.encoder_rank * 4 * W.d_model  # nor values
-    encoder_lora = 2 * S * W.encoder_layers * in_encoder_layer - 2 * (S - heard) * not_keys
+    keys_and_values = settings.encoder_rank * 4 * W.d_model
+    encoder_lora = 2 * S * W.encoder_layers * in_encoder_layer
+    encoder_lora -= 2 * (S - heard) * (in_encoder_layer - keys_and_values)
     llm_lora = 2 * P * L.num_hidden_layers * (in_attention + in_mlp) - 2 * (P - answer) * in_mlp
     frozen = in_encoder + in_llm + 2 * answer * L.hidden_size * L.vocab_size
     trained = encoder_lora + llm_lora + projector_flops(W, L, heard)

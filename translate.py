@@ -732,11 +732,11 @@ def run_tests(
     model: LLaST, args: argparse.Namespace, folder: Path, how: dict, meter
 ) -> list[Translation]:
     """Score the test sets that --test names. -> what came of their clips"""
+    corpus = args.data or corpus_of(folder)
     tests = {}  # all is looked up before the first clip is translated, which may take hours
     for source, target in parse_directions(args.test):
         name = source if args.task == "asr" else f"{source}-{target}"
         source, target = choose_direction(model, name, folder, args.task)
-        corpus = args.data or corpus_of(folder)
         rows = read_corpus(corpus, source, target)[0]["test"]
         if not rows:
             raise ValueError(f"the {source}-{target} corpus in {corpus} has no test clips")
