@@ -577,7 +577,7 @@ def prefill_case(bench: Bench, ours: LLaST, peer: Peer):
 
 
 def test_set(bench: Bench, ours: LLaST, peer: Peer, n: int):
-    """The first n clips of the embedded test set from files to texts, one pass each."""
+    """The first n clips of the embedded test set, from files to texts."""
     rows = read_corpus(ROOT / "tiny" / "corpus", "fr", "en")[0]["test"][:n]
     ids = torch.tensor([1, 5, AUDIO_ID, 7], device=bench.device)
 
@@ -591,7 +591,7 @@ def test_set(bench: Bench, ours: LLaST, peer: Peer, n: int):
             peer.translate(audio, ids, ANSWER)
 
     case = f"{n} test clips from file to text, ours at their lengths"
-    bench.compare(case, mine, theirs, [], 1)
+    bench.compare(case, mine, theirs, [])
 
 
 def run_size(bench: Bench, dtype: torch.dtype):
