@@ -71,6 +71,7 @@ SIZES = {
 }  # fmt: skip
 PROMPT, ANSWER, EOS = 28, 24, 2  # tokens of a made-up row, the end included in the answer
 NEVER = -1  # an end that no model writes: random answers then all have the length that is counted
+BOTH = (("30s", "both in 30 s"), ("clip", "ours at own length"))  # windows, and how rows say it
 MIXED = (2.0, 3.1, 4.2, 5.0, 6.3, 7.7, 9.4, 12.0)  # seconds of the clips in a training step
 
 # --------------------------------------------------------------------------------- the two systems
@@ -431,7 +432,7 @@ def encoder_cases(bench: Bench, ours: LLaST, peer: Peer):
         return peer.encoder(mels["30s"]).last_hidden_state
 
     same("encoder", run("30s")(), theirs(), dtype)
-    for window, label in (("30s", "both in 30 s"), ("clip", "ours at its length")):
+    for window, label in BOTH:
         S = mels[window].shape[2] // 2
         phase = encoder_phase(ours, [(S, S)])
         bench.compare(f"encoder, clip of 5 s, {label}", run(window), theirs, [phase])
@@ -479,7 +480,7 @@ def training_cases(bench: Bench, ours: LLaST, peer: Peer):
     for window, batches, label in (
         ("30s", together, "both in 30 s"),
         ("30s", by_length, "both in 30 s, ours by length"),
-        ("clip", by_length, "ours at their lengths"),
+        ("clip", by_length, "ours at own length"),
     ):
         mine = step(in_window(ours, window), batches)
         if window == "30s":
@@ -512,27 +513,22 @@ def translation_cases(bench: Bench, ours: LLaST, peer: Peer):
         found = beam_search(model.llm, rows, [NEVER], 5, 1.0, ANSWER)
         return [best.ids for best, *_ in found]
 
-    for n, window, label in (
-        (1, "30s", "both in 30 s"),
-        (1, "clip", "ours at its length"),
-        (4, "30s", "both in 30 s"),
-        (16, "clip", "ours at their lengths"),
-        *([(32, "clip", "ours at their lengths")] if bench.device.type == "cuda" else []),
-    ):
+    for n in (1, 4, 16) if bench.device.type == "cpu" else (1, 4, 16, 32):
         audio = [noise(MIXED[i % len(MIXED)], i) for i in range(n)]
-        model = in_window(ours, window)
 
         def theirs(audio=audio):
             return peer.translate(audio, ids, ANSWER, ends=None)
 
-        if window == "30s" and exact and run(model, audio) != theirs():
-            raise SystemExit(f"{n} clips: ours and the peer's beams found other answers")
-        bench.compare(
-            f"5 beams, {n} clip{'s'[: n > 1]}, {label}",
-            lambda model=model, audio=audio: run(model, audio),
-            theirs,
-            translation_phases(model, window, audio),
-        )
+        for window, label in BOTH:
+            model = in_window(ours, window)
+            if window == "30s" and exact and run(model, audio) != theirs():
+                raise SystemExit(f"{n} clips: ours and the peer's beams found other answers")
+            bench.compare(
+                f"5 beams, {n} clip{'s'[: n > 1]}, {label}",
+                lambda model=model, audio=audio: run(model, audio),
+                theirs,
+                translation_phases(model, window, audio),
+            )
 
 
 def translation_phases(model: LLaST, window: str, audio: list[Tensor]) -> list[Phase]:
@@ -581,17 +577,19 @@ def test_set(bench: Bench, ours: LLaST, peer: Peer, n: int):
     rows = read_corpus(ROOT / "tiny" / "corpus", "fr", "en")[0]["test"][:n]
     ids = torch.tensor([1, 5, AUDIO_ID, 7], device=bench.device)
 
-    def mine():
-        translate(in_window(ours, "clip"), [row.path for row in rows], max_new_tokens=ANSWER)
-
     def theirs():
         order = sorted(rows, key=lambda row: row.seconds)
         for start in range(0, len(order), 16):
             audio = [load_audio(row.path) for row in order[start : start + 16]]
             peer.translate(audio, ids, ANSWER)
 
-    case = f"{n} test clips from file to text, ours at their lengths"
-    bench.compare(case, mine, theirs, [])
+    for window, label in BOTH:
+        model = in_window(ours, window)
+
+        def mine(model=model):
+            translate(model, [row.path for row in rows], max_new_tokens=ANSWER)
+
+        bench.compare(f"{n} test clips from file to text, {label}", mine, theirs, [])
 
 
 def run_size(bench: Bench, dtype: torch.dtype):
