@@ -16,13 +16,13 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import sacrebleu
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -289,6 +289,14 @@ def answers_to(model: LLaST, ids: Tensor, heard: list, embed, search: tuple) -> 
     return first + answers_to(model, ids, heard[half:], embed, search)
 
 
+def in_batches(model: LLaST, ids: Tensor, items, embed, batch_size: int, search: tuple) -> Iterator:
+    """Each item with the answers to its last part, which is what was heard."""
+    items = iter(items)
+    while batch := list(islice(items, batch_size)):
+        found = answers_to(model, ids, [heard for *_, heard in batch], embed, search)
+        yield from zip(batch, found, strict=True)
+
+
 def translate(
     model: LLaST,
     paths: list,
@@ -315,12 +323,9 @@ def translate(
     pieces = defaultdict(list)  # of each clip, in order: first sample, last + 1, answers
     was_training = model.training
     model.eval()
-    heard = waveforms(paths, results, progress)
-    while batch := list(islice(heard, batch_size)):
-        audio = [audio for *_, audio in batch]
-        found = answers_to(model, ids, audio, model.encode_speech, search)
-        for (i, start, end, _), answers in zip(batch, found, strict=True):
-            pieces[i].append((start, end, answers))
+    heard, embed = waveforms(paths, results, progress), model.encode_speech
+    for (i, start, end, _), answers in in_batches(model, ids, heard, embed, batch_size, search):
+        pieces[i].append((start, end, answers))
     if task == "cascade":
         ids = ids_of_prompt(model, "st", source, target)
         translate_transcripts(model, ids, pieces, results, batch_size, search)
@@ -340,19 +345,17 @@ def translate_transcripts(
         tokens = [torch.tensor(model.tokenizer.encode(text)) for text in texts]
         return [model.llm.embed(t.to(model.device)) for t in tokens]
 
-    said = []  # clip, piece, transcript
-    for i, parts in pieces.items():
-        for j, (start, end, (transcript, *_)) in enumerate(parts):
-            results[i].tokens += transcript.tokens
-            parts[j] = start, end, [replace(transcript, tokens=0)]
-            if transcript.text:
-                said.append((i, j, transcript.text))
+    said = [
+        (i, j, answers[0].text)
+        for i, parts in pieces.items()
+        for j, (*_, answers) in enumerate(parts)
+        if answers[0].text
+    ]
     said.sort(key=lambda one: len(one[-1]))
-    for start in range(0, len(said), batch_size):
-        batch = said[start : start + batch_size]
-        found = answers_to(model, ids, [text for *_, text in batch], embed, search)
-        for (i, j, _), answers in zip(batch, found, strict=True):
-            pieces[i][j] = *pieces[i][j][:2], answers
+    for (i, j, _), answers in in_batches(model, ids, said, embed, batch_size, search):
+        start, end, (transcript, *_) = pieces[i][j]
+        answers[0].tokens += transcript.tokens
+        pieces[i][j] = start, end, answers
 
 
 # --------------------------------------------------------------------------------------- the cost
@@ -366,43 +369,37 @@ class Meter:
     """
 
     def __init__(self, model: LLaST):
-        self.model = model
         self.seconds, self.flops, self.peak = 0.0, 0, 0
         self.joules = None if gpu_joules() is None else 0.0
+        self.on_gpu, self.counting = model.device.type == "cuda", False
+        W, L = model.speech_encoder.config, model.llm.config
+
+        def of_encoder(mel, lengths, n):
+            return len(mel) * sum(encoder_flops(W, mel.shape[2] // 2, n))
+
+        def of_layers(x, cos, sin, past, can_attend, asked):
+            (B, T, _), n = x.shape, past[2] if past else 0
+            return B * sum(llm_flops(L, T, T if asked is None else len(asked[0]) // B, n))
+
+        self.count(model.speech_encoder, of_encoder)
+        self.count(model.projector, lambda x: projector_flops(W, L, x.numel() // W.d_model))
+        self.count(model.llm.model.layers[-1], of_layers)
+        self.count(model.llm.lm_head, lambda x: 2 * x.numel() * L.vocab_size)
+
+    def count(self, module: nn.Module, flops):
+        def hook(_, args):
+            self.flops += flops(*args) if self.counting else 0
+
+        module.register_forward_pre_hook(hook)
 
     def __enter__(self):
-        model, (W, L) = self.model, (self.model.speech_encoder.config, self.model.llm.config)
-
-        def count_encoder(_, args):
-            (B, _, frames), n = args[0].shape, args[2]
-            self.flops += B * sum(encoder_flops(W, frames // 2, n))
-
-        def count_projector(_, args):
-            self.flops += projector_flops(W, L, args[0].numel() // W.d_model)
-
-        def count_layers(_, args):
-            (B, T, _), past = args[0].shape, args[3][2] if args[3] else 0
-            asked = T if args[5] is None else len(args[5][0]) // B
-            self.flops += B * sum(llm_flops(L, T, asked, past))
-
-        def count_head(_, args):
-            self.flops += 2 * args[0].numel() * L.vocab_size
-
-        self.hooks = [
-            module.register_forward_pre_hook(count)
-            for module, count in (
-                (model.speech_encoder, count_encoder),
-                (model.projector, count_projector),
-                (model.llm.model.layers[-1], count_layers),
-                (model.llm.lm_head, count_head),
-            )
-        ]
-        if model.device.type == "cuda":
+        if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
+        self.counting = True
         self.joules_before, self.began = gpu_joules(), time.perf_counter()
 
     def __exit__(self, *_):
-        if self.model.device.type == "cuda":
+        if self.on_gpu:
             torch.cuda.synchronize()
             self.peak = max(self.peak, torch.cuda.max_memory_allocated())
         elif resource:
@@ -411,8 +408,7 @@ class Meter:
         self.seconds += time.perf_counter() - self.began
         if self.joules is not None:
             self.joules += gpu_joules() - self.joules_before
-        for hook in self.hooks:
-            hook.remove()
+        self.counting = False
 
     def figures(self, results: list[Translation]) -> dict[str, float | None]:
         """For what came of the work, in s, TFLOP, GB and J; None where nothing counts it."""
@@ -674,19 +670,13 @@ def choose_direction(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Translate or transcribe speech with a trained LLaST.",
-    )
+    parser = argparse.ArgumentParser(description="Translate or transcribe with a trained LLaST.")
     add = parser.add_argument
     add("audio", nargs="*", help="audio files, folders of them, or .txt files with a path a line")
     add("--model", type=Path, help="folder that train.py wrote; without it the newest in runs/")
     add("--lang", help="language spoken, or direction as en-de, if the model knows several")
-    add(
-        "--task",
-        choices=TASKS,
-        default="st",
-        help="st translates [default], asr transcribes, cascade transcribes and translates that",
-    )
+    add("--task", choices=TASKS, default="st",
+        help="st translates [st], asr transcribes, cascade does one, then the other")  # fmt: skip
     add("--beams", type=int, default=5, help="beams [5]; 1 is greedy search")
     add("--length-penalty", type=float, default=1.0, help="above 1 favours longer answers [1]")
     add("--max-new-tokens", type=int, default=256, help="longest answer, in tokens [256]")
@@ -696,11 +686,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--test", metavar="LANGS", help="score the test sets of these directions, as fr,de,en-ja")
     add("--published", action="store_true", help="print published scores beside those of --test")
     add("--data", type=Path, help="corpus that --test reads [the one the model was trained on]")
-    add(
-        "--compile",
-        action="store_true",
-        help="compile each layer: slow at first, then faster; on a CPU it needs g++",
-    )
+    add("--compile", action="store_true",
+        help="compile each layer: slow at first, then faster; on a CPU it needs g++")  # fmt: skip
     add("--stats", action="store_true", help="print time, arithmetic, memory and energy at the end")
     add("--encoder", type=Path, help="where the encoder's folder is now, if it has moved")
     add("--llm", type=Path, help="where the LLM's folder is now, if it has moved")
@@ -767,20 +754,9 @@ def show_cost(cost: dict[str, float | None], as_json: bool):
     if as_json:
         print(json.dumps(cost), file=sys.stderr)
         return
-
-    def shown(key: str, text: str, otherwise: str = "no counter here") -> str:
-        return otherwise if cost[key] is None else text.format(cost[key])
-
-    real_time = shown("real_time_factor", "{:.3f} of real time", "no audio")
-    print(
-        f"audio       {cost['audio_seconds']:,.1f} s in {cost['clips']} clips\n"
-        f"time        {cost['seconds']:,.2f} s, {real_time}\n"
-        f"answers     {cost['tokens_per_second']:,.0f} tokens a second\n"
-        f"arithmetic  {cost['tflop']:,.3f} TFLOP\n"
-        f"memory      {shown('peak_gb', '{:,.2f} GB at the peak')}\n"
-        f"energy      {shown('joules', '{:,.0f} J')}",
-        file=sys.stderr,
-    )
+    for name, value in cost.items():
+        shown = "unknown" if value is None else f"{value:,}"
+        print(f"{name.replace('_', ' '):18}{shown:>12}", file=sys.stderr)
 
 
 def check(args: argparse.Namespace):

@@ -182,7 +182,7 @@ def test_what_is_made_ahead_comes_in_order_and_one_item_early():
             made.append(i)
             yield i
 
-    for i, (item, waited) in enumerate(train.ahead(items())):
+    for i, (item, waited) in enumerate(train.timed(items(), ahead=True)):
         latest = time.monotonic() + 10
         while len(made) < min(i + 2, 4) and time.monotonic() < latest:
             time.sleep(0.001)  # the thread is at work
@@ -195,7 +195,7 @@ def test_what_goes_wrong_ahead_is_raised_where_it_is_used():
         yield 1
         raise ValueError("a broken table")
 
-    found = train.ahead(items())
+    found = train.timed(items(), ahead=True)
     assert next(found)[0] == 1
     with pytest.raises(ValueError, match="a broken table"):
         next(found)
