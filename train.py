@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -83,9 +83,7 @@ PRESETS = {
         llm_alpha=8, dropout=0.0, asr=1.0, en_step=1, lr=1e-3, schedule="linear", warmup=0.05,
         batch=1100, accumulate=1, recompute="none", epochs=3, beams=5,
     ),
-    "llast-2b": Preset(
-        llm=WEIGHTS / "TinyLlama-1.1B-Chat-v1.0", template="tinyllama", **PAPER
-    ),
+    "llast-2b": Preset(llm=WEIGHTS / "TinyLlama-1.1B-Chat-v1.0", template="tinyllama", **PAPER),
     "llast-8b": Preset(llm=WEIGHTS / "Llama-2-7b-chat-hf", template="llama2", **PAPER),
     "llast-14b": Preset(llm=WEIGHTS / "Llama-2-13b-chat-hf", template="llama2", **PAPER),
 }  # fmt: skip
@@ -130,11 +128,8 @@ def short(path: Path) -> str:
 
 def with_flags(preset: Preset, args: argparse.Namespace) -> Preset:
     """The preset with what the command line says otherwise."""
-    values = asdict(preset)
-    for name in values:
-        if getattr(args, name, None) is not None:
-            values[name] = getattr(args, name)
-    return Preset(**values)
+    given = {k: v for k, v in vars(args).items() if k in asdict(preset) and v is not None}
+    return replace(preset, **given)
 
 
 # --------------------------------------------------------------------------------------- the plan
@@ -184,10 +179,10 @@ def geometry(base: Path, kind):
     return PUBLIC[base.name][2]
 
 
-def mix(settings: Preset) -> tuple[list[tuple[str, int, int]], float]:
+def mix(settings: Preset, most: int | None) -> tuple[list[tuple[str, int, int]], float]:
     """(direction, rows to translate, rows to transcribe) of an epoch, and the seconds of a clip.
 
-    From the corpus if it is there, else as CoVoST-2 has them.
+    From the corpus if it is there, else as CoVoST-2 has them; `most` clips of each direction.
     """
     rows, clips, seconds, heard = [], 0, 0.0, set()
     for source, target in parse_directions(settings.lang):
@@ -197,10 +192,13 @@ def mix(settings: Preset) -> tuple[list[tuple[str, int, int]], float]:
             n, total = len(found), sum(row.seconds for row in found)
             share = sum(bool(row.sentence.strip()) for row in found) / max(1, n)
         st = math.ceil(n / (settings.en_step if source == "en" else 1))
+        st = min(st, most or st)
         asr = 0 if source in heard else round(settings.asr * share * st)
         rows.append((f"{source}-{target}", st, asr))
         heard.add(source)
         clips, seconds = clips + n, seconds + total
+    if not clips:
+        raise ValueError(f"the corpus in {settings.data} has no train clips of {settings.lang}")
     return rows, seconds / clips
 
 
@@ -233,14 +231,11 @@ def activation_bytes(settings, W: WhisperConfig, L: LlamaConfig, B: int, S: int,
     encoder += 4 * W.encoder_attention_heads + 2 * 6 * settings.encoder_rank
     in_encoder, *in_llm = (2 * n for n in lora_size(settings, W, L))  # LoRA's weights in bf16
     encoder, llm = B * S * encoder + in_encoder, B * P * (attention + mlp) + sum(in_llm)
-    kept = largest = 0
-    for layers, layer, its_input, again in (
-        (W.encoder_layers, encoder, 2 * B * S * Da, settings.recompute == "all"),
-        (L.num_hidden_layers, llm, 2 * B * P * D, settings.recompute != "none"),
-    ):
-        kept += layers * (its_input if again else layer)
-        largest = max(largest, layer if again else 0)
-    if settings.recompute == "none":  # the last MLP of the LLM works on answers alone
+    encoder_again, llm_again = settings.recompute == "all", settings.recompute != "none"
+    kept = W.encoder_layers * (2 * B * S * Da if encoder_again else encoder)
+    kept += L.num_hidden_layers * (2 * B * P * D if llm_again else llm)
+    largest = max(encoder_again * encoder, llm_again * llm)
+    if not llm_again:  # the last MLP of the LLM works on answers alone
         kept -= B * (P - ANSWER) * mlp
     logits = B * ANSWER * 10 * L.vocab_size  # in bf16, in float32, and their gradient
     return kept + largest + logits
@@ -289,16 +284,14 @@ def example_flops(
     return convolutions + 2 * frozen - stays + 3.5 * (attention + causal) + 3 * trained + again
 
 
-def print_plan(settings: Preset):
+def print_plan(settings: Preset, clips: int | None):
     """What training would take: parameters, memory, steps, time and downloads."""
     W, L = geometry(settings.encoder, WhisperConfig), geometry(settings.llm, LlamaConfig)
     with torch.device("meta"):
         model = LLaST(model_config(settings), WhisperEncoder(W), Llama(L), tokenizer=None)
-    rows, seconds = mix(settings)
-    print_parts(model)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trained
-    heard = math.ceil(50 * seconds)
+    rows, seconds = mix(settings, clips)
+    trained, frozen = print_parts(model)
+    heard = math.ceil(50 * seconds)  # states a second
     P, S = heard + TEXT, W.max_source_positions if settings.window == "30s" else heard
     B = max(1, settings.batch // P)
     where = f"in {short(settings.data)}" if settings.data.is_dir() else "of CoVoST-2"
@@ -337,8 +330,7 @@ def print_plan(settings: Preset):
     )
     print("\nwhat has to be there                  and how to get it")
     for base in (settings.encoder, settings.llm):
-        how = fetch(base) if base.name in PUBLIC else "it is part of this project"
-        print(f"    {short(base):34}{'(is there)' if base.exists() else how}")
+        print(f"    {short(base):34}{'(is there)' if base.exists() else fetch(base)}")
     how = "python data.py prepare covost2 --common-voice CV --covost COVOST"
     how += f" --lang {settings.lang} --out {short(settings.data)}"
     print(f"    {short(settings.data):34}{'(is there)' if settings.data.exists() else how}")
@@ -355,40 +347,33 @@ def model_config(settings: Preset) -> LLaSTConfig:
 # ---------------------------------------------------------------------------- what is printed first
 
 
-def print_parts(model: LLaST):
-    """How many parameters each part has and which of them are trained."""
-    groups = {
-        "encoder": ("speech_encoder.", False),
-        "encoder LoRA": ("speech_encoder.", True),
-        "projector": ("projector.", None),
-        "LLM": ("llm.", False),
-        "LLM LoRA": ("llm.", True),
-    }
+def print_parts(model: LLaST) -> list[int]:
+    """How many parameters each part has, trained and frozen. -> both numbers of the whole"""
+    names = {"speech_encoder": "encoder", "projector": "projector", "llm": "LLM"}
+    parts = "encoder", "encoder LoRA", "projector", "LLM", "LLM LoRA", "all"
+    counts = {part: [0, 0] for part in parts}
+    for name, p in model.named_parameters():
+        part = names[name.split(".")[0]] + (" LoRA" if "lora_" in name else "")
+        for row in (part, "all"):
+            counts[row][not p.requires_grad] += p.numel()
     print(f"\n{'part':14}{'trained':>14}{'frozen':>16}")
-    totals = [0, 0]
-    for label, (prefix, lora) in groups.items():
-        counts = [0, 0]
-        for name, p in model.named_parameters():
-            if name.startswith(prefix) and lora in (None, "lora_" in name):
-                counts[not p.requires_grad] += p.numel()
-        print(f"{label:14}{counts[0]:14,}{counts[1]:16,}")
-        totals = [total + count for total, count in zip(totals, counts, strict=True)]
-    print(f"{'all':14}{totals[0]:14,}{totals[1]:16,}\n")
+    for part, (trained, frozen) in counts.items():
+        print(f"{part:14}{trained:14,}{frozen:16,}")
+    print()
+    return counts["all"]
 
 
 def print_corpus(splits: dict[str, list[Row]], batches: Batches):
     """Clips and minutes by language and split, and the mix of tasks in an epoch."""
-    examples = [example for group in batches.groups(0) for example in group]
+    spoken = by_direction([e.row for group in batches.groups(0) for e in group if e.task == "asr"])
     print(
         f"{'direction':12}{'split':8}{'clips':>8}{'minutes':>10}{'translate':>12}{'transcribe':>12}"
     )
     for split, rows in splits.items():
         for direction, here in sorted(by_direction(rows).items()):
-            minutes = sum(row.seconds for row in here) / 60
-            drawn = [e.task for e in examples if f"{e.row.source}-{e.row.target}" == direction]
-            tasks = [drawn.count("st"), drawn.count("asr")] if split == "train" else [len(here), 0]
-            print(f"{direction:12}{split:8}{len(here):8,}{minutes:10.1f}"
-                  f"{tasks[0]:12,}{tasks[1]:12,}")  # fmt: skip
+            n, minutes = len(here), sum(row.seconds for row in here) / 60
+            asr = len(spoken.get(direction, ())) if split == "train" else 0
+            print(f"{direction:12}{split:8}{n:8,}{minutes:10.1f}{n:12,}{asr:12,}")
     print()
 
 
@@ -432,11 +417,9 @@ def dev_loss(model: LLaST, batches: Batches) -> float:
     model.eval()
     total = tokens = 0
     for examples in batches.groups(0):
-        batch = batches.load(examples)
-        if batch is None:
-            continue
-        losses = model(batch)
-        total, tokens = total + losses.sum().item(), tokens + len(losses)
+        if batch := batches.load(examples):
+            losses = model(batch)
+            total, tokens = total + losses.sum().item(), tokens + len(losses)
     model.train()
     return total / tokens
 
@@ -463,13 +446,11 @@ def show_samples(model: LLaST, rows: list[Row]):
 
 def refuse_what_is_there(out: Path):
     """A model is never written over, nor put among files that are not a run's."""
+    instead = "name another folder with --out, or remove it"
     if (out / "llast.json").is_file():
-        what = "holds a trained model"
-    elif out.is_file() or out.exists() and any(out.iterdir()) and not (out / "run.json").is_file():
-        what = "exists and is no run of this program"
-    else:
-        return
-    raise ValueError(f"{out} {what}; name another folder with --out, or remove it")
+        raise ValueError(f"{out} holds a trained model; {instead}")
+    if out.is_file() or out.exists() and any(out.iterdir()) and not (out / "run.json").is_file():
+        raise ValueError(f"{out} exists and is no run of this program; {instead}")
 
 
 @contextmanager
@@ -508,11 +489,8 @@ class Pace:
         }
 
     def __str__(self) -> str:
-        clips, positions, padding, waiting = self.figures().values()
-        return (
-            f"{clips:.0f} clips/s, {positions:,} positions/s, {padding:.0%} padding, "
-            f"{waiting:.0%} waiting"
-        )
+        clips, n, lost, idle = self.figures().values()
+        return f"{clips:.0f} clips/s, {n:,} positions/s, {lost:.0%} padding, {idle:.0%} waiting"
 
 
 def steps_of(batches: Batches, epoch: int, accumulate: int) -> Iterator[list[Batch]]:
@@ -524,17 +502,17 @@ def steps_of(batches: Batches, epoch: int, accumulate: int) -> Iterator[list[Bat
 
 
 def timed(items: Iterator, ahead: bool) -> Iterator[tuple]:
-    """Each item, made by a thread, and the seconds waited for it.
+    """Each item, and the seconds waited for it.
 
-    `ahead` has it made while the one before is in use. On a CPU that takes time from those that
-    compute: with it, the first epoch of the embedded default, which decodes every clip, went at two
-    thirds of the speed of the others.
+    `ahead` has a thread make it while the one before is in use. On a CPU that takes time from those
+    that compute: with it, the first epoch of the embedded default, which decodes every clip, went
+    at two thirds of the speed of the others.
     """
     coming = None
     with ThreadPoolExecutor(1) as thread:
         while True:
             began = time.perf_counter()
-            item = (coming or thread.submit(next, items, None)).result()
+            item = coming.result() if coming else next(items, None)
             waited = time.perf_counter() - began
             if item is None:
                 return
@@ -546,10 +524,8 @@ def train(model: LLaST, batches: Batches, dev: Batches, settings: Preset, out: P
     """The whiteboard loop: loss, gradient, step; dev scores and a save after every epoch."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0, fused=True)
-    per_epoch = [
-        math.ceil(len(batches.groups(e)) / settings.accumulate) for e in range(settings.epochs)
-    ]
-    steps = sum(per_epoch)
+    epochs = range(settings.epochs)
+    steps = sum(math.ceil(len(batches.groups(e)) / settings.accumulate) for e in epochs)
     warmup = max(1, round(settings.warmup * steps))
 
     def share_of_peak(step: int) -> float:
@@ -564,7 +540,7 @@ def train(model: LLaST, batches: Batches, dev: Batches, settings: Preset, out: P
     bar = tqdm(total=steps, leave=False, dynamic_ncols=True, disable=None, bar_format=looks)
     ahead = model.device.type == "cuda"
     done = 0  # steps
-    for epoch in range(settings.epochs):
+    for epoch in epochs:
         model.train()
         pace = Pace()
         for loaded, waited in timed(steps_of(batches, epoch, settings.accumulate), ahead):
@@ -614,11 +590,9 @@ def finish(model: LLaST, rows: list[Row], settings: Preset, out: Path, began: fl
         scores = score_rows(model, here, out / f"test.{direction}.tsv", beams=settings.beams)
         results[direction] = scores
         print(f"test {describe(direction, scores)}")
-    results["seconds"] = round(time.time() - began, 1)
+    results["seconds"] = seconds = round(time.time() - began, 1)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(
-        f"\n{results['seconds']:.0f} s in all. The model and its scores are in {short(out)}. Try:"
-    )
+    print(f"\n{seconds:.0f} s in all. The model and its scores are in {short(out)}. Try:")
     print_command(rows, out)
 
 
@@ -638,7 +612,7 @@ def run(args: argparse.Namespace) -> int:
     if not 0 < settings.lr < math.inf:
         raise ValueError(f"--lr is {settings.lr}; it has to be a number above 0")
     if args.plan:
-        print_plan(settings)
+        print_plan(settings, args.clips)
         return 0
     out = args.out or HERE / "runs" / settings.lang.replace(",", "-")
     refuse_what_is_there(out)
@@ -651,12 +625,9 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)
     device, dtype, reason = pick_device()
     print(f"device      {reason}")
-    for label, path in (
-        ("encoder", settings.encoder),
-        ("LLM", settings.llm),
-        ("corpus", settings.data),
-    ):
-        print(f"{label:11} {short(path)}")
+    print(f"encoder     {short(settings.encoder)}")
+    print(f"LLM         {short(settings.llm)}")
+    print(f"corpus      {short(settings.data)}")
 
     splits = read_all(settings, args.clips)
     with phase("while loading the models", SMALLER):

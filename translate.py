@@ -51,7 +51,6 @@ from lora import merge_lora
 
 HERE = Path(__file__).parent
 AUDIO_FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
-TASKS = ("st", "asr", "cascade")
 UNSPACED = ("zh-CN", "ja")  # written without spaces between words
 
 
@@ -79,16 +78,11 @@ class Finished:
         return log_prob / length**self.length_penalty
 
     def add(self, ids: list[int], log_prob: float, length: int):
-        self.best.append(Hypothesis(ids, self.score(log_prob, length)))
-        self.best.sort(key=lambda hypothesis: -hypothesis.score)
-        del self.best[self.W :]
-
-    def add_running(self, answers: Tensor, log_probs: Tensor):
-        """At the length limit the running beams are answers too. answers (W, T), log_probs (W,)"""
-        if not self.done:
-            for ids, log_prob in zip(answers.tolist(), log_probs.tolist(), strict=True):
-                if log_prob > -torch.inf:
-                    self.add(ids, log_prob, len(ids))
+        """Take an answer in, unless no beam stands behind it or the clip is done."""
+        if log_prob > -torch.inf and not self.done:
+            self.best.append(Hypothesis(ids, self.score(log_prob, length)))
+            self.best.sort(key=lambda hypothesis: -hypothesis.score)
+            del self.best[self.W :]
 
     def check(self, best_running: float, length: int):
         """Done when all places are taken and no running beam, were it to end now, would get one."""
@@ -144,8 +138,7 @@ def beam_search(
         best, beam, token = extend(running, log_probs, len(ends))
         is_end = torch.isin(token, ends)
         for b, i in is_end[:, :W].nonzero().tolist():
-            if best[b, i] > -torch.inf and not finished[clips[b]].done:
-                finished[clips[b]].add(answers[b, beam[b, i]].tolist(), best[b, i].item(), length)
+            finished[clips[b]].add(answers[b, beam[b, i]].tolist(), best[b, i].item(), length)
 
         go_on = is_end.to(torch.int8).argsort(dim=1, stable=True)[:, :W]  # still best first
         running = best.masked_fill(is_end, -torch.inf).gather(1, go_on)  # (B, W)
@@ -168,8 +161,9 @@ def beam_search(
         positions = (lengths + length - 1)[:, None].repeat(1, W)  # (B, W)
         last, cache = llm.hidden(llm.embed(token), cache, positions, can_attend)  # (B, W, D)
 
-    for b, clip in enumerate(clips):
-        finished[clip].add_running(answers[b], running[b])
+    for b, clip in enumerate(clips):  # at the limit the running beams are answers too
+        for ids, log_prob in zip(answers[b].tolist(), running[b].tolist(), strict=True):
+            finished[clip].add(ids, log_prob, len(ids))
     return [clip.best for clip in finished]
 
 
@@ -206,9 +200,7 @@ class Translation:
     pieces: list[dict] = field(default_factory=list)  # of a long clip: start and end in s, text
 
 
-def waveforms(
-    paths: list, results: list[Translation], progress: bool
-) -> Iterator[tuple[int, int, int, Tensor]]:
+def waveforms(paths: list, results: list[Translation], progress: bool) -> Iterator[tuple]:
     """What the encoder hears, (clip, first sample, last + 1, waveform), shortest clip first.
 
     A clip over 30 s comes in pieces, cut where it is quietest. A file is decoded when its turn
@@ -248,15 +240,14 @@ def fill(result: Translation, pieces: list[tuple[int, int, list[Answer]]], n_bes
     best = [answers[0] for *_, answers in pieces]
     result.text = space.join(answer.text for answer in best if answer.text)
     result.score = round(sum(answer.score for answer in best) / len(best), 4)
-    result.tokens += sum(answer.tokens for answer in best)
+    result.tokens = sum(answer.tokens for answer in best)
     if len(pieces) == 1:
-        answers = pieces[0][-1][:n_best]
-        result.n_best = [{"text": answer.text, "score": answer.score} for answer in answers]
+        result.n_best = [{"text": a.text, "score": a.score} for a in pieces[0][-1][:n_best]]
         return
     result.n_best = [{"text": result.text, "score": result.score}]
-    for (start, end, _), answer in zip(pieces, best, strict=True):
+    for start, end, answers in pieces:
         times = {"start": start / SAMPLE_RATE, "end": end / SAMPLE_RATE}
-        result.pieces.append(times | {"text": answer.text})
+        result.pieces.append(times | {"text": answers[0].text})
 
 
 def ids_of_prompt(model: LLaST, task: str, source: str, target: str) -> Tensor:
@@ -328,7 +319,7 @@ def translate(
         pieces[i].append((start, end, answers))
     if task == "cascade":
         ids = ids_of_prompt(model, "st", source, target)
-        translate_transcripts(model, ids, pieces, results, batch_size, search)
+        translate_transcripts(model, ids, pieces, batch_size, search)
     model.train(was_training)
     written = source if task == "asr" else target
     for i, parts in pieces.items():
@@ -336,26 +327,19 @@ def translate(
     return results
 
 
-def translate_transcripts(
-    model: LLaST, ids: Tensor, pieces: dict, results: list, batch_size: int, search: tuple
-):
+def translate_transcripts(model: LLaST, ids: Tensor, pieces: dict, batch_size: int, search: tuple):
     """Put in the place of each piece's transcript its translations; of silence there is none."""
 
     def embed(texts: list[str]) -> list[Tensor]:
         tokens = [torch.tensor(model.tokenizer.encode(text)) for text in texts]
         return [model.llm.embed(t.to(model.device)) for t in tokens]
 
-    said = [
-        (i, j, answers[0].text)
-        for i, parts in pieces.items()
-        for j, (*_, answers) in enumerate(parts)
-        if answers[0].text
-    ]
+    transcripts = [answers for parts in pieces.values() for *_, answers in parts]
+    said = [(found, found[0].text) for found in transcripts if found[0].text]
     said.sort(key=lambda one: len(one[-1]))
-    for (i, j, _), answers in in_batches(model, ids, said, embed, batch_size, search):
-        start, end, (transcript, *_) = pieces[i][j]
-        answers[0].tokens += transcript.tokens
-        pieces[i][j] = start, end, answers
+    for (found, _), answers in in_batches(model, ids, said, embed, batch_size, search):
+        answers[0].tokens += found[0].tokens
+        found[:] = answers
 
 
 # --------------------------------------------------------------------------------------- the cost
@@ -365,7 +349,7 @@ class Meter:
     """What the work inside its `with` blocks costs; for a model whose LoRA is merged.
 
     The arithmetic is that of formulas, put to the shapes that the parts of the model are given:
-    hooks see those, padding and unfinished beams included, without a word in the search itself.
+    hooks see those, padding and clips that are done already included, without a word in the search.
     """
 
     def __init__(self, model: LLaST):
@@ -386,9 +370,9 @@ class Meter:
         self.count(model.llm.model.layers[-1], of_layers)
         self.count(model.llm.lm_head, lambda x: 2 * x.numel() * L.vocab_size)
 
-    def count(self, module: nn.Module, flops):
+    def count(self, module: nn.Module, formula):
         def hook(_, args):
-            self.flops += flops(*args) if self.counting else 0
+            self.flops += formula(*args) if self.counting else 0
 
         module.register_forward_pre_hook(hook)
 
@@ -469,10 +453,7 @@ def score(hypotheses: list[str], references: list[str], target: str = "en") -> d
     if len(hypotheses) != len(references):
         raise ValueError(f"{len(hypotheses)} hypotheses for {len(references)} references")
     by = metrics(target)
-    found = {
-        name: round(metric.corpus_score(hypotheses, [references]).score, 2)
-        for name, metric in by.items()
-    }
+    found = {k: round(m.corpus_score(hypotheses, [references]).score, 2) for k, m in by.items()}
     return found | {
         "signature": str(by["bleu"].get_signature()),  # the lower-cased differs in case:lc alone
         "chrf_signature": str(by["chrf"].get_signature()),
@@ -514,9 +495,7 @@ def error_rates(hypotheses: list[str], references: list[str], language: str) -> 
     }
 
 
-def score_rows(
-    model: LLaST, rows: list[Row], tsv: Path | None = None, task: str = "st", **how
-) -> dict:
+def score_rows(model: LLaST, rows: list[Row], tsv: Path | None = None, task="st", **how) -> dict:
     """Translate or transcribe rows of one direction and score what came of them."""
     rows = rows_with_reference(rows, task)
     source, target = rows[0].source, rows[0].target
@@ -590,8 +569,8 @@ def table(scores: dict[str, dict]) -> list[str]:
     return lines + [f"{', '.join(names)}: {signature}" for signature, names in signed.items()]
 
 
-PUBLISHED_DIRECTIONS = ("fr-en", "ja-en", "de-en", "zh-CN-en", "es-en", "it-en")
 PUBLISHED = {
+    "published BLEU": ("fr-en", "ja-en", "de-en", "zh-CN-en", "es-en", "it-en"),
     "Whisper-large-v2": (36.4, 26.1, 36.3, 18.0, 40.1, 30.9),
     "SeamlessM4T-large-v2": (42.1, 23.8, 39.9, 22.2, 42.9, 40.0),
     "Qwen-Audio": (38.5, None, 33.9, 15.7, 39.7, 36.0),
@@ -609,14 +588,11 @@ Common Voice that the clips come from."""
 
 def published(directions: list[str]) -> list[str]:
     """The published scores of those of the directions that have some, and what to mind."""
-    columns = [i for i, name in enumerate(PUBLISHED_DIRECTIONS) if name in directions]
+    columns = [i for i, name in enumerate(PUBLISHED["published BLEU"]) if name in directions]
     if not columns:
         return [f"no published BLEU at hand for {', '.join(directions)}"]
-    lines = [table_line("published BLEU", [PUBLISHED_DIRECTIONS[i] for i in columns])]
-    for name, values in PUBLISHED.items():
-        if any(values[i] for i in columns):
-            lines.append(table_line(name, [values[i] for i in columns]))
-    return [*lines, CAVEAT]
+    rows = {name: [values[i] for i in columns] for name, values in PUBLISHED.items()}
+    return [*(table_line(name, cells) for name, cells in rows.items() if any(cells)), CAVEAT]
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -649,9 +625,7 @@ def audio_paths(arguments: list[str]) -> list[Path]:
     return paths
 
 
-def choose_direction(
-    model: LLaST, lang: str | None, where: Path, task: str = "st"
-) -> tuple[str, str]:
+def choose_direction(model: LLaST, lang: str | None, where: Path, task: str) -> tuple[str, str]:
     """Source and target: as asked ("fr" or "en-de"), or the only one that the model has learnt.
 
     A transcript has no target, so for task "asr" any direction of a source will do.
@@ -675,8 +649,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("audio", nargs="*", help="audio files, folders of them, or .txt files with a path a line")
     add("--model", type=Path, help="folder that train.py wrote; without it the newest in runs/")
     add("--lang", help="language spoken, or direction as en-de, if the model knows several")
-    add("--task", choices=TASKS, default="st",
-        help="st translates [st], asr transcribes, cascade does one, then the other")  # fmt: skip
+    add("--task", choices=("st", "asr", "cascade"), default="st",
+        help="st translates [st], asr transcribes, cascade translates the transcript")  # fmt: skip
     add("--beams", type=int, default=5, help="beams [5]; 1 is greedy search")
     add("--length-penalty", type=float, default=1.0, help="above 1 favours longer answers [1]")
     add("--max-new-tokens", type=int, default=256, help="longest answer, in tokens [256]")
@@ -715,9 +689,7 @@ def corpus_of(folder: Path) -> Path:
     return HERE / "tiny" / "corpus"
 
 
-def run_tests(
-    model: LLaST, args: argparse.Namespace, folder: Path, how: dict, meter
-) -> list[Translation]:
+def run_tests(model: LLaST, args, folder: Path, how: dict, meter) -> list[Translation]:
     """Score the test sets that --test names. -> what came of their clips"""
     corpus = args.data or corpus_of(folder)
     tests = {}  # all is looked up before the first clip is translated, which may take hours
@@ -782,12 +754,8 @@ def run(args: argparse.Namespace) -> int:
     merge_lora(model, for_good=True)
     if args.compile:
         model.compile_layers()
-    how = {
-        "beams": args.beams,
-        "length_penalty": args.length_penalty,
-        "max_new_tokens": args.max_new_tokens,
-        "batch_size": args.batch,
-    }
+    how = {name: getattr(args, name) for name in ("beams", "length_penalty", "max_new_tokens")}
+    how["batch_size"] = args.batch
     meter = Meter(model) if args.stats else nullcontext()
     everything = run_tests(model, args, folder, how, meter) if args.test else []
     if args.audio:

@@ -75,6 +75,8 @@ def test_training_without_the_weights_says_how_to_get_them(monkeypatch, capsys):
 def test_the_embedded_default_is_planned_on_its_own_corpus(monkeypatch, capsys):
     out = planned(monkeypatch, capsys, "--lang", "fr")
     assert "training rows in" in out and "fr-en              1,400       1,400" in out
+    out = planned(monkeypatch, capsys, "--lang", "fr,de", "--clips", "300")
+    assert "fr-en                300         300" in out and "de-en                300" in out
 
 
 def test_only_clips_with_a_transcript_are_planned_to_be_transcribed(tmp_path, monkeypatch, capsys):
@@ -89,6 +91,9 @@ def test_only_clips_with_a_transcript_are_planned_to_be_transcribed(tmp_path, mo
     table.write_text("\n".join(["path\ttranslation\tsplit", *translated]))
     out = planned(monkeypatch, capsys, "--lang", "fr", "--data", str(tmp_path))
     assert "fr-en                  4           1" in out
+    table.write_text("path\ttranslation\tsplit\n")
+    assert train.main() == 2
+    assert "has no train clips of fr" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------- against a real training step
