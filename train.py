@@ -175,7 +175,7 @@ def geometry(base: Path, kind):
     if (base / "config.json").is_file():
         return kind.from_json(base / "config.json")
     if base.name not in PUBLIC:
-        raise FileNotFoundError(f"{base} is not there; its size is known for {', '.join(PUBLIC)}")
+        raise FileNotFoundError(f"no config.json in {base}; without, known are {', '.join(PUBLIC)}")
     return PUBLIC[base.name][2]
 
 
@@ -392,9 +392,9 @@ def read_all(settings: Preset, clips: int | None) -> dict[str, list[Row]]:
             n = len(unusable)
             print(f"{source}-{target}: {n} clip{'s'[: n > 1]} cannot be used; the first are above")
         for split, rows in found.items():
-            if not rows:
+            if not any(row.seconds for row in rows):
                 where = f"the {source}-{target} corpus in {settings.data}"
-                raise ValueError(f"{where} has no {split} clips")
+                raise ValueError(f"{where} has no {split} clips that can be used")
         splits["train"] += every_nth(found["train"], settings.en_step)[:clips]
         splits["dev"] += found["dev"][:DEV_CLIPS]
         splits["test"] += found["test"]

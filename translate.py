@@ -59,7 +59,7 @@ UNSPACED = ("zh-CN", "ja")  # written without spaces between words
 
 @dataclass
 class Hypothesis:
-    """An answer: its tokens without the end, and the mean log-probability that ranks it."""
+    """An answer: its tokens without the end, and what ranks it: log-probability by length."""
 
     ids: list[int]
     score: float
@@ -193,7 +193,7 @@ class Translation:
 
     path: str
     text: str = ""
-    score: float | None = None  # mean log-probability of a token
+    score: float | None = None  # log-probability over length ** length_penalty
     tokens: int = 0  # written for it, ends counted; by a cascade twice
     n_best: list[dict] = field(default_factory=list)  # text and score of each answer, best first
     error: str | None = None
@@ -388,7 +388,7 @@ class Meter:
             self.peak = max(self.peak, torch.cuda.max_memory_allocated())
         elif resource:
             unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes on Linux
-            self.peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            self.peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # ever, so far
         self.seconds += time.perf_counter() - self.began
         if self.joules is not None:
             self.joules += gpu_joules() - self.joules_before
@@ -779,8 +779,8 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except torch.OutOfMemoryError as error:
-        less = "fewer --beams or --max-new-tokens need less"
-        print(f"translate.py: out of memory with a single clip; {less}: {error}", file=sys.stderr)
+        less = "even one clip at a time; fewer --beams or --max-new-tokens need less"
+        print(f"translate.py: out of memory, {less}: {error}", file=sys.stderr)
         return 2
     except (ValueError, FileNotFoundError) as error:
         print(f"translate.py: {error}", file=sys.stderr)
