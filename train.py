@@ -175,7 +175,8 @@ def geometry(base: Path, kind):
     if (base / "config.json").is_file():
         return kind.from_json(base / "config.json")
     if base.name not in PUBLIC:
-        raise FileNotFoundError(f"no config.json in {base}; without, known are {', '.join(PUBLIC)}")
+        known = ", ".join(PUBLIC)
+        raise FileNotFoundError(f"no config.json in {base}; without one, only {known} are known")
     return PUBLIC[base.name][2]
 
 
@@ -184,22 +185,25 @@ def mix(settings: Preset, most: int | None) -> tuple[list[tuple[str, int, int]],
 
     From the corpus if it is there, else as CoVoST-2 has them; `most` clips of each direction.
     """
-    rows, clips, seconds, heard = [], 0, 0.0, set()
+    rows, seconds, heard = [], 0.0, set()
     for source, target in parse_directions(settings.lang):
-        n, total, share = COVOST_TRAIN[source][0], 3600 * COVOST_TRAIN[source][1], 1.0
         if settings.data.is_dir():
             found = read_corpus(settings.data, source, target)[0]["train"]
-            n, total = len(found), sum(row.seconds for row in found)
-            share = sum(bool(row.sentence.strip()) for row in found) / max(1, n)
-        st = math.ceil(n / (settings.en_step if source == "en" else 1))
-        st = min(st, most or st)
-        asr = 0 if source in heard else round(settings.asr * share * st)
-        rows.append((f"{source}-{target}", st, asr))
+            found = every_nth(found, settings.en_step)[:most]
+            if not found:
+                raise ValueError(f"the {source}-{target} corpus in {settings.data} has no clips")
+            n, mean = len(found), sum(row.seconds for row in found) / len(found)
+            share = sum(bool(row.sentence.strip()) for row in found) / n
+        else:
+            n, hours = COVOST_TRAIN[source]
+            mean, share = 3600 * hours / n, 1.0
+            n = math.ceil(n / (settings.en_step if source == "en" else 1))
+            n = min(n, most or n)
+        asr = 0 if source in heard else round(settings.asr * share * n)
+        rows.append((f"{source}-{target}", n, asr))
         heard.add(source)
-        clips, seconds = clips + n, seconds + total
-    if not clips:
-        raise ValueError(f"the corpus in {settings.data} has no train clips of {settings.lang}")
-    return rows, seconds / clips
+        seconds += n * mean
+    return rows, seconds / sum(n for _, n, _ in rows)
 
 
 def lora_size(settings: Preset, W: WhisperConfig, L: LlamaConfig) -> tuple[int, int, int]:
@@ -291,7 +295,7 @@ def print_plan(settings: Preset, clips: int | None):
         model = LLaST(model_config(settings), WhisperEncoder(W), Llama(L), tokenizer=None)
     rows, seconds = mix(settings, clips)
     trained, frozen = print_parts(model)
-    heard = math.ceil(50 * seconds)  # states a second
+    heard = math.ceil(50 * seconds)  # 50 states a second
     P, S = heard + TEXT, W.max_source_positions if settings.window == "30s" else heard
     B = max(1, settings.batch // P)
     where = f"in {short(settings.data)}" if settings.data.is_dir() else "of CoVoST-2"

@@ -229,7 +229,7 @@ class Answer:
 
     text: str
     score: float
-    tokens: int  # its end counted
+    tokens: int  # its end counted; of a cascade those of the transcript, too
 
 
 def fill(result: Translation, pieces: list[tuple[int, int, list[Answer]]], n_best: int, space: str):
@@ -335,6 +335,8 @@ def translate_transcripts(model: LLaST, ids: Tensor, pieces: dict, batch_size: i
         return [model.llm.embed(t.to(model.device)) for t in tokens]
 
     transcripts = [answers for parts in pieces.values() for *_, answers in parts]
+    for found in transcripts:
+        del found[1:]  # the best is what gets translated
     said = [(found, found[0].text) for found in transcripts if found[0].text]
     said.sort(key=lambda one: len(one[-1]))
     for (found, _), answers in in_batches(model, ids, said, embed, batch_size, search):

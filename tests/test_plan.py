@@ -93,7 +93,7 @@ def test_only_clips_with_a_transcript_are_planned_to_be_transcribed(tmp_path, mo
     assert "fr-en                  4           1" in out
     table.write_text("path\ttranslation\tsplit\n")
     assert train.main() == 2
-    assert "has no train clips of fr" in capsys.readouterr().err
+    assert "the fr-en corpus in" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------- against a real training step

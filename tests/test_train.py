@@ -201,6 +201,22 @@ def test_what_goes_wrong_ahead_is_raised_where_it_is_used():
         next(found)
 
 
+def test_a_split_without_a_usable_clip_is_told_before_the_training(
+    monkeypatch, corpus, tmp_path, capsys
+):
+    table, spoken = (corpus / "fr" / name for name in ("covost_v2.fr_en.tsv", "validated.tsv"))
+    dev = [line.split("\t")[0] for line in table.read_text().splitlines() if line.endswith("\tdev")]
+    for file in (table, spoken):
+        text = file.read_text()
+        for name in dev:
+            text = text.replace(name, f"gone_{name}")
+        file.write_text(text)
+    assert run(monkeypatch, *flags_for(corpus, tmp_path / "run")) == 2
+    out, err = capsys.readouterr()
+    assert "no such file" in out and "no dev clips that can be used" in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_pace_says_what_is_lost_to_padding():
     audio = [torch.zeros(16_000), torch.zeros(32_001)]  # 50 states, and 101: one is begun
     rows = torch.zeros(2, 11, dtype=torch.long)

@@ -443,6 +443,7 @@ def test_a_cascade_finds_nothing_to_translate_where_nothing_was_said(model, clip
     found = translate.translate(model, good(clips), "cascade", **HOW)
     assert [(r.text, r.error) for r in found] == [("", None)] * len(heard)
     assert [r.tokens for r in found] == [r.tokens for r in heard]
+    assert [r.n_best for r in found] == [r.n_best[:1] for r in heard]
 
 
 # ----------------------------------------------------------------------------------------- the cost
@@ -544,6 +545,7 @@ def test_stats_say_on_stderr_what_it_cost(command, quick, clips, monkeypatch):
     assert torch.cuda.is_available() or told["joules"] == "unknown"
     _, _, err = command(*quick, "--stats", "--json", *good(clips), clips / "empty.wav")
     cost = json.loads(err)
+    assert [*told] == [name.replace("_", " ") for name in cost]
     assert cost["clips"] == 4 and cost["audio_seconds"] == pytest.approx(1.8)
     # Both are rounded, the seconds to the third digit.
     assert cost["real_time_factor"] == pytest.approx(cost["seconds"] / 1.8, abs=4e-4)
