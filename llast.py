@@ -224,18 +224,7 @@ class LLaST(nn.Module):
         config, fingerprints = read_about(folder)
         moved = {name: str(path) for name, path in (("encoder", encoder), ("llm", llm)) if path}
         config = replace(config, **moved)
-        for name, wanted in fingerprints.items():
-            base = Path(getattr(config, name))
-            if not base.exists():
-                raise FileNotFoundError(
-                    f"{folder} was trained on the {name} in {base}, which is not there; "
-                    f"say where it is now with --{name} PATH"
-                )
-            if fingerprint(base.resolve()) != wanted:
-                raise ValueError(
-                    f"{folder} was trained on another {name} than the one in {base}: "
-                    f"fingerprint {wanted[:12]}, found {fingerprint(base.resolve())[:12]}"
-                )
+        check_bases(config, fingerprints, folder)
         model = cls.fresh(config, dtype, device)
         model.fill_trained(dict(stored_tensors(folder / "llast.safetensors")), folder)
         return model.eval()
@@ -254,6 +243,22 @@ def read_about(folder: Path) -> tuple[LLaSTConfig, dict[str, str]]:
         return LLaSTConfig(**config), about["fingerprints"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}/llast.json cannot be used: {error!r}") from error
+
+
+def check_bases(config: LLaSTConfig, fingerprints: dict[str, str], where: Path):
+    """Refuse a base that is not there, or that is another than `where` was trained on."""
+    for name, wanted in fingerprints.items():
+        base = Path(getattr(config, name))
+        if not base.exists():
+            raise FileNotFoundError(
+                f"{where} was trained on the {name} in {base}, which is not there; "
+                f"say where it is now with --{name} PATH"
+            )
+        if fingerprint(base.resolve()) != wanted:
+            raise ValueError(
+                f"{where} was trained on another {name} than the one in {base}: "
+                f"fingerprint {wanted[:12]}, found {fingerprint(base.resolve())[:12]}"
+            )
 
 
 @lru_cache
@@ -330,6 +335,10 @@ def export(model: LLaST, out: Path):
             save_peft(model.get_submodule(module), out / name, place)
     save_file(model.projector.state_dict(), out / "projector.safetensors")
     how = {name: getattr(model.config, name) for name in ("template", "window", "directions")}
+    how["fingerprints"] = {
+        name: fingerprint(Path(getattr(model.config, name)).resolve())
+        for name in ("encoder", "llm")
+    }
     (out / "use.json").write_text(json.dumps(how, indent=2) + "\n")
     merge_lora(model)
     merged = {
@@ -393,7 +402,7 @@ def import_trained(args: argparse.Namespace) -> LLaST:
         how = json.loads((args.source / "use.json").read_text())
     else:
         tensors, alphas = read_original(args.source), {}
-        how = {"template": "llama2", "window": "30s", "directions": ["paper"]}
+        how = {"template": "llama2", "window": "30s", "directions": ["paper"], "fingerprints": {}}
     asked = {"template": args.template, "window": args.window}
     how |= {name: value for name, value in asked.items() if value}
     directions = parse_directions(args.lang or ",".join(how["directions"]))
@@ -405,7 +414,9 @@ def import_trained(args: argparse.Namespace) -> LLaST:
         rank = shape[f"{part}_rank"] = len(As[0]) if As else 0
         # The original's files do not hold alpha; in its configurations it is half of the rank.
         shape[f"{part}_alpha"] = alphas.get(module, rank / 2)
+    fingerprints = how.pop("fingerprints")
     config = LLaSTConfig(str(args.encoder), str(args.llm), dropout=0.0, **how, **shape)
+    check_bases(config, fingerprints, args.source)  # merged ones would have their LoRA twice
     model = LLaST.fresh(config)
     model.fill_trained(tensors, args.source)
     return model

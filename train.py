@@ -613,6 +613,8 @@ def run(args: argparse.Namespace) -> int:
         value = args.clips if name == "clips" else getattr(settings, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; 1 is the least")
+    if not 0 <= settings.asr <= 1:
+        raise ValueError(f"--asr is {settings.asr}; it is a share, from 0 (none) to 1 (every clip)")
     if not 0 < settings.lr < math.inf:
         raise ValueError(f"--lr is {settings.lr}; it has to be a number above 0")
     if args.plan:

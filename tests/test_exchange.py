@@ -158,6 +158,16 @@ def test_exported_and_imported_again_nothing_has_changed(bases, monkeypatch, cap
         assert torch.equal(back.trained()[name], tensor), name
 
 
+@pytest.mark.parametrize("merged", ["whisper", "llama"])
+def test_an_import_onto_merged_bases_is_refused(bases, monkeypatch, capsys, merged):
+    llast.export(trained_model(bases), bases / "out")
+    at = {name: bases / name for name in ("whisper", "llama")} | {merged: bases / "out" / merged}
+    words = ["import", bases / "out", "--encoder", at["whisper"], "--llm", at["llama"]]
+    assert command(monkeypatch, *words, "--out", bases / "back") == 2
+    assert "was trained on another" in capsys.readouterr().err
+    assert not (bases / "back").exists()
+
+
 def test_the_merged_folders_are_a_llast_without_lora(bases):
     model = trained_model(bases)
     ids = torch.tensor([1, 300, AUDIO_ID, 301])

@@ -131,6 +131,7 @@ def test_a_folder_with_a_model_or_with_other_files_is_refused_and_left_alone(
         (("--accumulate", "0"), "--accumulate is 0; 1 is the least"),
         (("--clips", "-5"), "--clips is -5; 1 is the least"),
         (("--lr", "nan"), "--lr is nan; it has to be a number above 0"),
+        (("--asr", 2, "--plan"), "--asr is 2.0; it is a share"),
         (("--out", __file__), "is no run of this program"),
     ],
 )
