@@ -323,13 +323,14 @@ def print_plan(settings: Preset, clips: int | None):
     print(f"    {f'to translate {CLIPS} such clips':29}{max(loading, merged) / 1e9:6.2f}")
     flops = example_flops(settings, W, L, S, heard, TEXT, ANSWER)
     hours = n * settings.epochs * flops / (FLOPS * SHARE) / 3600
+    lasts = f"{hours:.1f} h" if hours > 0.1 else "less than 0.1 h"
     print(
         f"\na row       {seconds:.1f} s on average: {S} states in the encoder, {heard} + {TEXT} "
         f"(assumed) positions in the LLM\n"
         f"a step      {B} rows x {settings.accumulate} batches\n"
         f"an epoch    {n:,} rows in {steps:,} steps\n"
-        f"arithmetic  {flops / 1e12:.2f} TFLOP a row\n"
-        f"time        {hours:.1f} h for {settings.epochs} epoch{'s'[: settings.epochs > 1]} at "
+        f"arithmetic  {flops / 1e9:,.0f} GFLOP a row\n"
+        f"time        {lasts} for {settings.epochs} epoch{'s'[: settings.epochs > 1]} at "
         f"{SHARE:.0%} of {FLOPS / 1e12:.0f} TFLOP/s (one H100; counted, not measured)"
     )
     print("\nwhat has to be there                  and how to get it")
