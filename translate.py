@@ -656,7 +656,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--beams", type=int, default=5, help="beams [5]; 1 is greedy search")
     add("--length-penalty", type=float, default=1.0, help="above 1 favours longer answers [1]")
     add("--max-new-tokens", type=int, default=256, help="longest answer, in tokens [256]")
-    add("--n-best", type=int, default=1, help="answers to print, scored [1]; a long clip has one")
+    add("--n-best", type=int, default=1,
+        help="answers to print of an audio file, scored [1]; a clip over 30 s has one")  # fmt: skip
     add("--batch", type=int, default=16, help="clips translated at once [16]")
     add("--json", action="store_true", help="one JSON object a clip, or a direction with --test")
     add("--test", metavar="LANGS", help="score the test sets of these directions, as fr,de,en-ja")
@@ -740,15 +741,16 @@ def check(args: argparse.Namespace):
     for name in ("beams", "max_new_tokens", "n_best", "batch"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; 1 is the least")
+    if args.lang and not args.audio:
+        raise ValueError("--lang is for audio files, and none is named; --test names directions")
+    if args.n_best > 1 and not args.audio:
+        raise ValueError("--n-best is for audio files, and none is named; --test scores one answer")
     if args.n_best > args.beams:
         raise ValueError(f"--n-best {args.n_best} wants that many beams; --beams is {args.beams}")
-    if not args.audio and (args.lang or args.n_best > 1):
-        wrong = "--lang" if args.lang else "--n-best"
-        raise ValueError(f"{wrong} is for audio files; --test names directions, one answer a clip")
     if args.data and not args.test:
-        raise ValueError("--data is the corpus that --test reads, and there is no --test")
+        raise ValueError("--data is the corpus that --test reads; without --test leave it out")
     if args.published and (args.task == "asr" or not args.test):
-        raise ValueError("--published stands beside the BLEU of --test, so not beside --task asr")
+        raise ValueError("--published stands beside the BLEU of --test, which --task asr has not")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -692,9 +692,9 @@ def test_mistakes_are_answered_with_what_to_do_and_exit_code_2(command, quick, c
         ([*quick, "--test", "de"], "was not trained on 'de-en'; it knows fr-en"),
         ([*quick, "--test", "fr", "--lang", "fr"], "--lang is for audio files"),
         ([*quick, "--test", "fr", "--n-best", 2, "--beams", 2], "--n-best is for audio files"),
-        ([*quick, "--data", clips, clip], "there is no --test"),
+        ([*quick, "--data", clips, clip], "without --test leave it out"),
         ([*quick, "--published", clip], "--published stands beside the BLEU of --test"),
-        ([*quick, "--published", "--test", "fr", "--task", "asr"], "so not beside --task asr"),
+        ([*quick, "--published", "--test", "fr", "--task", "asr"], "which --task asr has not"),
         ([*quick, made / "trained"], "holds no .wav"),
         ([*quick, made / "list.txt"], "list.txt"),
     ):
