@@ -203,7 +203,7 @@ class LLaST(nn.Module):
                 name: os.path.relpath(base.resolve(), folder.resolve())
                 for name, base in bases.items()
             },
-            "fingerprints": {name: fingerprint(base.resolve()) for name, base in bases.items()},
+            "fingerprints": fingerprints_of(self.config),
             "versions": {"llast": 1, "torch": torch.__version__},
         }
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.trained().items()}
@@ -254,11 +254,16 @@ def check_bases(config: LLaSTConfig, fingerprints: dict[str, str], where: Path):
                 f"{where} was trained on the {name} in {base}, which is not there; "
                 f"say where it is now with --{name} PATH"
             )
-        if fingerprint(base.resolve()) != wanted:
+        found = fingerprint(base.resolve())
+        if found != wanted:
             raise ValueError(
                 f"{where} was trained on another {name} than the one in {base}: "
-                f"fingerprint {wanted[:12]}, found {fingerprint(base.resolve())[:12]}"
+                f"fingerprint {wanted[:12]}, found {found[:12]}"
             )
+
+
+def fingerprints_of(config: LLaSTConfig) -> dict[str, str]:
+    return {name: fingerprint(Path(getattr(config, name)).resolve()) for name in ("encoder", "llm")}
 
 
 @lru_cache
@@ -335,10 +340,7 @@ def export(model: LLaST, out: Path):
             save_peft(model.get_submodule(module), out / name, place)
     save_file(model.projector.state_dict(), out / "projector.safetensors")
     how = {name: getattr(model.config, name) for name in ("template", "window", "directions")}
-    how["fingerprints"] = {
-        name: fingerprint(Path(getattr(model.config, name)).resolve())
-        for name in ("encoder", "llm")
-    }
+    how["fingerprints"] = fingerprints_of(model.config)
     (out / "use.json").write_text(json.dumps(how, indent=2) + "\n")
     merge_lora(model)
     merged = {
