@@ -92,6 +92,19 @@ def test_a_run_writes_the_files_that_the_readme_names(monkeypatch, corpus, tmp_p
     assert result.error is None
 
 
+def test_several_directions_are_passed_over_more_often_unless_told_otherwise():
+    tiny, paper = train.PRESETS["tiny"], train.PRESETS["llast-8b"]
+
+    def epochs(preset, *flags):
+        return train.with_flags(preset, train.build_parser().parse_args(flags)).epochs
+
+    assert tiny.epochs < tiny.epochs_several
+    assert epochs(tiny) == epochs(tiny, "--lang", "de") == tiny.epochs
+    assert epochs(tiny, "--lang", "fr,de") == epochs(tiny, "--lang", "all") == tiny.epochs_several
+    assert epochs(tiny, "--lang", "fr,de", "--epochs", "2") == 2
+    assert epochs(paper) == 1  # nine directions, and the original's one pass
+
+
 def test_the_loss_falls(monkeypatch, corpus, tmp_path):
     flags = flags_for(corpus, tmp_path / "run", "--asr", 0, "--batch", 300)
     assert run(monkeypatch, *flags[:-4], "--epochs", 6, *flags[-4:]) == 0
