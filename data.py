@@ -113,7 +113,10 @@ def open_audio(path: Path) -> soundfile.SoundFile:
     try:
         file = soundfile.SoundFile(path)
     except soundfile.LibsndfileError as error:
-        raise AudioError(path, f"not readable as audio ({error.error_string})") from error
+        # Of a file named .mp3 that is none, libsndfile says that it does not exist.
+        absent = "does not exist" in error.error_string
+        reason = "no MPEG audio in it" if absent else error.error_string
+        raise AudioError(path, f"not readable as audio ({reason})") from error
     except TypeError as error:  # soundfile asks for the rate of a file that ends in .raw
         raise AudioError(path, "not readable as audio (it has no header)") from error
     if file.frames > 1 << 40:  # what a FLAC that was streamed says of itself

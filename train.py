@@ -61,7 +61,7 @@ class Preset:
     accumulate: int  # batches in one step of the optimizer
     recompute: str  # whose activations, for the gradient: none, llm, all; slower, far less memory
     epochs: int
-    epochs_several: int  # instead, with several directions: there is more to learn
+    epochs_several: int  # in place of epochs with several directions: there is more to learn
     beams: int
 
 
@@ -82,8 +82,7 @@ PRESETS = {
         encoder=TINY / "whisper", llm=TINY / "llama", data=TINY / "corpus", lang="fr",
         template="llama2", window="clip", encoder_rank=16, encoder_alpha=8, llm_rank=16,
         llm_alpha=8, dropout=0.0, asr=1.0, en_step=1, lr=1e-3, schedule="linear", warmup=0.05,
-        batch=1100, accumulate=1, recompute="none", epochs=3, epochs_several=5,
-        beams=5,
+        batch=1100, accumulate=1, recompute="none", epochs=3, epochs_several=5, beams=5,
     ),
     "llast-2b": Preset(llm=WEIGHTS / "TinyLlama-1.1B-Chat-v1.0", template="tinyllama", **PAPER),
     "llast-8b": Preset(llm=WEIGHTS / "Llama-2-7b-chat-hf", template="llama2", **PAPER),
@@ -131,7 +130,7 @@ def short(path: Path) -> str:
 
 
 def with_flags(preset: Preset, args: argparse.Namespace) -> Preset:
-    """The preset with what the command line says otherwise."""
+    """The preset with what the command line says otherwise, and the epochs of its directions."""
     given = {k: v for k, v in vars(args).items() if k in asdict(preset) and v is not None}
     settings = replace(preset, **given)
     if args.epochs is None and len(parse_directions(settings.lang)) > 1:
@@ -635,6 +634,7 @@ def run(args: argparse.Namespace) -> int:
             raise FileNotFoundError(f"{short(base)} is not there; get it with\n    {fetch(base)}")
     about = {name: getattr(args, name) for name in ("preset", "clips", "seed", "compile")}
     about |= asdict(settings)
+    del about["epochs_several"]  # `epochs` is what was taken
     about = {k: str(v.absolute()) if isinstance(v, Path) else v for k, v in about.items()}
     torch.manual_seed(args.seed)
     device, dtype, reason = pick_device()

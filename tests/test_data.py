@@ -152,6 +152,7 @@ def test_a_clip_that_cannot_be_used_is_named_with_the_reason(tmp_path):
     (tmp_path / "half.mp3").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "empty.wav").touch()
     (tmp_path / "bare.raw").write_bytes(bytes(999))
+    (tmp_path / "text.mp3").write_text("Not a sound. " * 99)
     (tmp_path / "random.wav").write_bytes(np.random.default_rng(0).bytes(999))
     write(tmp_path / "silent.wav", [])
     write(tmp_path / "nan.wav", [0.1, np.nan, 0.1], subtype="FLOAT")
@@ -161,6 +162,7 @@ def test_a_clip_that_cannot_be_used_is_named_with_the_reason(tmp_path):
         "empty.wav": "the file is empty",
         "random.wav": "not readable as audio",
         "bare.raw": "it has no header",
+        "text.mp3": "no MPEG audio in it",
         "x" * 300 + ".wav": "no such file",
         "half.flac": "not readable as audio|cut short",
         "half.mp3": "not readable as audio|cut short",
