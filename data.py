@@ -113,9 +113,9 @@ def open_audio(path: Path) -> soundfile.SoundFile:
     try:
         file = soundfile.SoundFile(path)
     except soundfile.LibsndfileError as error:
-        # Of a file named .mp3 that is none, libsndfile says that it does not exist.
-        absent = "does not exist" in error.error_string
-        reason = "no MPEG audio in it" if absent else error.error_string
+        reason = error.error_string
+        if "does not exist" in reason:  # what libsndfile says where it finds no frames of an mp3
+            reason = "no mp3 audio in it"
         raise AudioError(path, f"not readable as audio ({reason})") from error
     except TypeError as error:  # soundfile asks for the rate of a file that ends in .raw
         raise AudioError(path, "not readable as audio (it has no header)") from error

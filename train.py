@@ -61,7 +61,7 @@ class Preset:
     accumulate: int  # batches in one step of the optimizer
     recompute: str  # whose activations, for the gradient: none, llm, all; slower, far less memory
     epochs: int
-    epochs_several: int  # in place of epochs with several directions: there is more to learn
+    epochs_several: int  # in place of epochs with several directions
     beams: int
 
 

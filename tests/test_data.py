@@ -162,7 +162,7 @@ def test_a_clip_that_cannot_be_used_is_named_with_the_reason(tmp_path):
         "empty.wav": "the file is empty",
         "random.wav": "not readable as audio",
         "bare.raw": "it has no header",
-        "text.mp3": "no MPEG audio in it",
+        "text.mp3": "no mp3 audio in it",
         "x" * 300 + ".wav": "no such file",
         "half.flac": "not readable as audio|cut short",
         "half.mp3": "not readable as audio|cut short",

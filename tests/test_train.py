@@ -75,6 +75,8 @@ def test_a_run_writes_the_files_that_the_readme_names(monkeypatch, corpus, tmp_p
     steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps if "loss" in line] == list(range(1, len(steps)))
     assert "dev_loss" in steps[-1]
+    about = json.loads((out / "run.json").read_text())
+    assert about["epochs"] == 1 and "epochs_several" not in about  # what was taken, alone
 
     printed = capsys.readouterr().out
     table = [row for row in map(str.split, printed.splitlines()) if row[1:2] == ["train"]]
@@ -101,7 +103,8 @@ def test_several_directions_are_passed_over_more_often_unless_told_otherwise():
     assert tiny.epochs < tiny.epochs_several
     assert epochs(tiny) == epochs(tiny, "--lang", "de") == tiny.epochs
     assert epochs(tiny, "--lang", "fr,de") == epochs(tiny, "--lang", "all") == tiny.epochs_several
-    assert epochs(tiny, "--lang", "fr,de", "--epochs", "2") == 2
+    assert epochs(tiny, "--lang", "fr,fr-en") == tiny.epochs  # one, named twice
+    assert epochs(tiny, "--lang", "fr,de", "--epochs", str(tiny.epochs)) == tiny.epochs
     assert epochs(paper) == 1  # nine directions, and the original's one pass
 
 
