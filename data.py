@@ -54,8 +54,8 @@ def check_language(code: str) -> str:
         }
         near = [name for name in known if name.startswith(code.lower())]
         near = near or difflib.get_close_matches(code.lower(), known, n=1, cutoff=0.5)
-        hint = f"did you mean {known[near[0]]!r}? " if near and code else ""
-        raise ValueError(f"unknown language {code!r}; {hint}Known: {', '.join(LANGUAGES)}")
+        hint = f"did you mean {known[near[0]]!r}? Known" if near and code else "known"
+        raise ValueError(f"unknown language {code!r}; {hint}: {', '.join(LANGUAGES)}")
     return code
 
 
@@ -925,7 +925,7 @@ def print_report(report: dict, were_there: int, folder: Path):
             print(f"{label:34}" + "".join(f"{n[what].get(problem, 0):10,}" for n in splits))
     for reason, n in report["in no split"].items():
         if n:
-            print(f"{n:,} rows in no split: {reason}")
+            print(f"{n:,} row{'s'[: n > 1]} in no split: {reason}")
     for reason, rows in report["examples"].items():
         for row in rows:
             print(f"    {reason}: {row}")

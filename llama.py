@@ -429,8 +429,8 @@ def stored_tensors(file: Path):
         else:
             mapped = zipfile.is_zipfile(file)  # files from before torch 1.6 are not
             yield from torch.load(file, "cpu", weights_only=True, mmap=mapped).items()
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{file} holds more than weights, and is not opened: {error}") from error
+    except pickle.UnpicklingError as error:  # torch's words advise to run what is in the file
+        raise ValueError(f"{file} holds more than weights, or none; it is not opened") from error
     except Exception as error:  # torch.load has no end of ways to fail on what is no weight file
         raise ValueError(f"{file} cannot be read as weights, is it cut short? {error!r}") from error
 

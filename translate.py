@@ -621,7 +621,10 @@ def audio_paths(arguments: list[str]) -> list[Path]:
             if not argument.is_file():
                 raise FileNotFoundError(f"{argument}: no such file")
             lines = argument.read_text(encoding="utf-8-sig").splitlines()
-            paths += [argument.parent / line.strip() for line in lines if line.strip()]
+            listed = [argument.parent / line.strip() for line in lines if line.strip()]
+            if not listed:
+                raise ValueError(f"{argument} names no clip; expected a path a line")
+            paths += listed
         else:
             paths.append(argument)
     return paths
@@ -786,6 +789,7 @@ def main() -> int:
     try:
         return run(args)
     except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
         return 130
     except torch.OutOfMemoryError as error:
         less = "even one clip at a time; fewer --beams or --max-new-tokens need less"

@@ -678,9 +678,19 @@ def test_the_direction_reaches_the_prompt(command, made, clips, monkeypatch):
     assert asked[2][:2] == ("asr", "en")
 
 
+def test_ctrl_c_is_answered(command, quick, clips, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(translate, "translate", stop)
+    assert command(*quick, clips / "good0.wav") == (130, [], "\nstopped\n")
+
+
 def test_mistakes_are_answered_with_what_to_do_and_exit_code_2(command, quick, clips, made):
     clip = clips / "good0.wav"
     save_model(made, made / "two", ("de-en", "fr-en"))
+    empty = made / "empty.txt"
+    empty.write_text("\n\n")
     for arguments, answer in (
         ([], "nothing to do: name audio files"),
         (["--model", clips, clip], f"{clips} is no saved LLaST: it has no llast.json"),
@@ -697,6 +707,7 @@ def test_mistakes_are_answered_with_what_to_do_and_exit_code_2(command, quick, c
         ([*quick, "--published", "--test", "fr", "--task", "asr"], "which --task asr has not"),
         ([*quick, made / "trained"], "holds no .wav"),
         ([*quick, made / "list.txt"], "list.txt"),
+        ([*quick, empty], "names no clip"),
     ):
         code, lines, err = command(*arguments)
         assert (code, lines) == (2, []), arguments
