@@ -69,7 +69,7 @@ class LlamaConfig:
     @classmethod
     def from_json(cls, path):
         """Read config.json; a missing size is an error, and so is a feature that is not built."""
-        raw = json.loads(Path(path).read_text())
+        raw = read_json(Path(path))
         # transformers 5 nests the rotary settings, older files have them at the top
         rope = raw.get("rope_parameters") or {}
         scaling = raw.get("rope_scaling") or rope
@@ -84,7 +84,7 @@ class LlamaConfig:
             "partial_rotary_factor": raw.get("partial_rotary_factor", 1.0) != 1.0,
         }
         if any(refused.values()):
-            asked = {name: raw.get(name, scaling) for name, bad in refused.items() if bad}
+            asked = {name: raw.get(name) or scaling for name, bad in refused.items() if bad}
             raise ValueError(f"{path} asks for {asked}, which is not built here")
 
         heads = raw.get("num_attention_heads")
@@ -347,7 +347,7 @@ META_NAMES = {  # Meta's name: the name here, and the dimension along which its 
 
 def read_meta(folder: Path) -> tuple[LlamaConfig, Iterator[tuple[str, Tensor]]]:
     """Configuration and (name, tensor) pairs of Meta's own files, joined and named as here."""
-    params = json.loads((folder / "params.json").read_text())
+    params = read_json(folder / "params.json")
     if params.get("use_scaled_rope"):
         raise ValueError(f"{folder}/params.json asks for use_scaled_rope, which is not built here")
     files = sorted(folder.glob("consolidated.*.pth"))
@@ -397,8 +397,16 @@ def join_meta(name: str, parts: list[dict[str, Tensor]], Dh: int) -> tuple[str, 
 
 # ------------------------------------------------------------------------------------ weight files
 
-# whisper_encoder.py holds the same three functions: either file can be read, or taken away,
+# whisper_encoder.py holds the same four functions: either file can be read, or taken away,
 # without the other.
+
+
+def read_json(path: Path) -> dict:
+    """What a JSON file holds; what is none is an error that names the file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -408,7 +416,7 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
         if index.is_file():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            shards = sorted(set(read_json(index)["weight_map"].values()))
             absent = [shard for shard in shards if not (folder / Path(shard).name).is_file()]
             if absent:
                 raise FileNotFoundError(f"{folder} lacks {absent}, which {index.name} names")
@@ -458,8 +466,9 @@ def must_match(wanted: dict[str, Tensor], found: dict[str, Tensor], where):
 class Tokenizer:
     """Text <-> ids through a checkpoint's tokenizer.model.
 
-    `encode` reads its argument as text and nothing else: "</s>" in it is four ordinary characters.
-    Special tokens are put in by their ids, which config.json and added_tokens.json name.
+    `encode` reads its argument as text: "</s>" in it is four ordinary characters. Special tokens
+    are put in by their ids, which config.json and added_tokens.json name. Only what the file itself
+    has as a "user-defined symbol", as a few have ChatML's, is that symbol in a text, too.
     """
 
     def __init__(self, folder):
@@ -469,16 +478,22 @@ class Tokenizer:
                 f"{folder} has no tokenizer.model (a sentencepiece file; Meta's downloads have it "
                 f"one folder up, copy it)"
             )
-        model_file = str(folder / "tokenizer.model")
-        self.pieces = sentencepiece.SentencePieceProcessor(model_file=model_file)
-        self.added: dict[str, int] = read_json(folder / "added_tokens.json")  # beside the pieces
-        config = read_json(folder / "config.json")
+        try:
+            model_file = str(folder / "tokenizer.model")
+            self.pieces = sentencepiece.SentencePieceProcessor(model_file=model_file)
+        except RuntimeError as error:
+            raise ValueError(f"{model_file} cannot be read, is it whole? {error}") from error
+        files = folder / "added_tokens.json", folder / "config.json"  # Meta's folders have neither
+        added, config = (read_json(file) if file.is_file() else {} for file in files)
+        self.added: dict[str, int] = added  # beside the pieces
         bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
         bos = self.pieces.bos_id() if bos is None else bos
         eos = self.pieces.eos_id() if eos is None else eos
         self.bos_id: int = bos
         self.eos_ids: list[int] = eos if isinstance(eos, list) else [eos]  # any of them ends text
         self.eos_id: int = self.eos_ids[0]  # the one to learn
+        if min(self.bos_id, *self.eos_ids) < 0:
+            raise ValueError(f"{folder} names no id for the token that begins or that ends a text")
         self.n_pieces: int = self.pieces.vocab_size()
         self.vocab_size: int = 1 + max(self.n_pieces - 1, *self.added.values(), self.eos_id)
 
@@ -498,8 +513,3 @@ class Tokenizer:
                 f"this tokenizer has no {piece} token; choose a template that it was made for"
             )
         return known
-
-
-def read_json(path: Path) -> dict:
-    """What a JSON file holds; nothing if there is no such file."""
-    return json.loads(path.read_text()) if path.is_file() else {}

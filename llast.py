@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import chain
@@ -24,12 +25,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from data import AUDIO_ID, IGNORE, TEMPLATES, Batch, end_id, parse_directions
-from llama import Llama, LlamaConfig, Tokenizer, must_match, stored_tensors, weight_files
+from llama import (
+    Llama,
+    LlamaConfig,
+    Tokenizer,
+    must_match,
+    read_json,
+    stored_tensors,
+    weight_files,
+)
 from lora import LoRALinear, add_lora, lora_layers, merge_lora, read_peft, save_peft
 from whisper_encoder import WINDOWS, WhisperConfig, WhisperEncoder, clip_to_mel, n_states
 
@@ -50,6 +59,15 @@ def pick_device() -> tuple[torch.device, torch.dtype, str]:
     threads = torch.get_num_threads()
     reason = f"no CUDA device: CPU with {threads} thread{'s'[: threads > 1]}, float32"
     return torch.device("cpu"), torch.float32, reason
+
+
+@contextmanager
+def phase(what: str, less: str):
+    """A lack of memory is told with the part of the work where it came, and what needs less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(f"out of memory {what}; {less}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -194,6 +212,8 @@ class LLaST(nn.Module):
 
         Both are complete before either gets its name, so a broken save leaves the one before.
         """
+        if any(layer.lora_A is None for layer in lora_layers(self)):
+            raise ValueError("the LoRA was merged for good; what was trained is no longer there")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         bases = {"encoder": Path(self.config.encoder), "llm": Path(self.config.llm)}
@@ -272,12 +292,14 @@ def fingerprint(base: Path) -> str:
     about = "config.json", "params.json", "tokenizer.model", "added_tokens.json"
     if base.is_file():
         files = [base]
-    else:
-        weights = list(base.glob("consolidated.*.pth")) or weight_files(base)
-        files = weights + [base / name for name in about if (base / name).is_file()]
+    else:  # from_pretrained prefers Hugging Face's files to Meta's
+        hugging_face = (base / "config.json").is_file()
+        weights = [] if hugging_face else list(base.glob("consolidated.*.pth"))
+        files = weights or weight_files(base)
+        files += [base / name for name in about if (base / name).is_file()]
     digest = hashlib.sha256()
     for file in sorted(files):
-        digest.update(file.name.encode())
+        digest.update(file.name.encode() if file != base else b"")
         with open(file, "rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
@@ -287,31 +309,32 @@ def fingerprint(base: Path) -> str:
 # ----------------------------------------------------------------------------------- what it costs
 
 # Multiplications and additions of a forward pass, without LoRA: merged, it costs nothing.
+# Wc and Lc are the configurations of both bases.
 
 
-def encoder_flops(W: WhisperConfig, S: int, n: int) -> tuple[int, int, int]:
+def encoder_flops(Wc: WhisperConfig, S: int, n: int) -> tuple[int, int, int]:
     """Of S states, the first n of them needed: convolutions, linear layers, attention."""
-    Da, all_but_last = W.d_model, W.encoder_layers - 1
-    convolutions = 12 * S * W.num_mel_bins * Da + 6 * S * Da * Da
-    keys_and_values, others = 2 * Da * Da, 2 * Da * Da + 2 * Da * W.encoder_ffn_dim
-    linears = 2 * (W.encoder_layers * S * keys_and_values + (all_but_last * S + n) * others)
+    Da, all_but_last = Wc.d_model, Wc.encoder_layers - 1
+    convolutions = 12 * S * Wc.num_mel_bins * Da + 6 * S * Da * Da
+    keys_and_values, others = 2 * Da * Da, 2 * Da * Da + 2 * Da * Wc.encoder_ffn_dim
+    linears = 2 * (Wc.encoder_layers * S * keys_and_values + (all_but_last * S + n) * others)
     return convolutions, linears, 4 * (all_but_last * S + n) * S * Da
 
 
-def projector_flops(W: WhisperConfig, L: LlamaConfig, S: int) -> int:
-    D = L.hidden_size
-    return 2 * S * (W.d_model * D + 2 * D * D)
+def projector_flops(Wc: WhisperConfig, Lc: LlamaConfig, S: int) -> int:
+    D = Lc.hidden_size
+    return 2 * S * (Wc.d_model * D + 2 * D * D)
 
 
-def llm_flops(L: LlamaConfig, T: int, asked: int, past: int = 0) -> tuple[int, int]:
+def llm_flops(Lc: LlamaConfig, T: int, asked: int, past: int = 0) -> tuple[int, int]:
     """Of T positions after `past` others, the vocabulary left out: linear layers, attention.
 
     The last MLP works on the `asked` of the T.
     """
-    D, layers, q = L.hidden_size, L.num_hidden_layers, L.num_attention_heads * L.head_dim
-    kv = L.num_key_value_heads * L.head_dim
+    D, layers, q = Lc.hidden_size, Lc.num_hidden_layers, Lc.num_attention_heads * Lc.head_dim
+    kv = Lc.num_key_value_heads * Lc.head_dim
     linears = 2 * T * layers * (2 * D * q + 2 * D * kv)
-    linears += 2 * ((layers - 1) * T + asked) * 3 * D * L.intermediate_size
+    linears += 2 * ((layers - 1) * T + asked) * 3 * D * Lc.intermediate_size
     seen = T * past + T * (T + 1) // 2  # positions before it and itself, of each of the T
     return linears, 4 * layers * q * seen
 
@@ -356,9 +379,10 @@ def export(model: LLaST, out: Path):
                 shutil.copy(file, out / name)
         tensors = {}
         for key, tensor in chain.from_iterable(map(stored_tensors, weight_files(base))):
-            # Whisper files may have `model.` in front; each stays in the precision it came in.
+            # Whisper files may have `model.` in front; each stays in the precision it came in, and
+            # gets memory of its own, which tied tensors of a .bin file share.
             known = key if key in merged else key.removeprefix("model.")
-            tensors[key] = merged.pop(known, tensor).to(tensor.dtype).contiguous()
+            tensors[key] = merged.pop(known, tensor).to(tensor.dtype, copy=True).contiguous()
         save_file(tensors, out / name / "model.safetensors", {"format": "pt"})
     for file in out.rglob("*.safetensors"):
         shutil.copymode(out / "use.json", file)
@@ -368,8 +392,8 @@ def export(model: LLaST, out: Path):
 
 def read_exported(folder: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
     """From a folder as `export` writes it: the trained tensors, and alpha of each LoRA."""
-    tensors = {f"projector.{k}": v for k, v in load_file(folder / "projector.safetensors").items()}
-    alphas = {}
+    projector = stored_tensors(folder / "projector.safetensors")
+    tensors, alphas = {f"projector.{name}": tensor for name, tensor in projector}, {}
     for name, (module, place) in LORAS.items():
         if (folder / name).is_dir():
             alphas[module], lora = read_peft(folder / name, place)
@@ -401,7 +425,7 @@ def import_trained(args: argparse.Namespace) -> LLaST:
     """A LLaST from what was trained elsewhere, every tensor of it in its place."""
     if (args.source / "projector.safetensors").is_file():
         tensors, alphas = read_exported(args.source)
-        how = json.loads((args.source / "use.json").read_text())
+        how = read_json(args.source / "use.json")
     else:
         tensors, alphas = read_original(args.source), {}
         how = {"template": "llama2", "window": "30s", "directions": ["paper"], "fingerprints": {}}
@@ -450,10 +474,15 @@ def main() -> int:
         if args.out.exists():
             raise ValueError(f"{args.out} is there already; name another folder with --out")
         if args.verb == "export":
-            export(LLaST.from_pretrained(args.model, args.encoder, args.llm), args.out)
+            model = LLaST.from_pretrained(args.model, args.encoder, args.llm)
+            try:
+                export(model, args.out)
+            except BaseException:  # half of it could pass for the whole
+                shutil.rmtree(args.out, ignore_errors=True)
+                raise
         else:
             import_trained(args).save_pretrained(args.out)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"llast.py: {error}", file=sys.stderr)
         return 2
     print(f"written to {args.out}: {', '.join(sorted(p.name for p in args.out.iterdir()))}")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -57,9 +58,9 @@ def add_lora(module: nn.Module, targets, rank: int, alpha: float, dropout: float
 
     Returns the names of the wrapped layers; a target that names no linear layer is an error.
     """
-    module.requires_grad_(False)
     if lora_layers(module):
         raise ValueError("this module has a LoRA already; a second one would replace it")
+    module.requires_grad_(False)
     wrapped = []
     for name, layer in list(module.named_modules()):
         parent, _, last = name.rpartition(".")
@@ -109,10 +110,10 @@ NOT_BUILT = {  # switches of adapter_config.json that change the computation, wi
 def save_peft(module: nn.Module, folder, prefix: str = ""):
     """Write a module's LoRA as an adapter folder for peft; `prefix` is the module's place there."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors, layers = {}, lora_layers(module)
     if not layers:
         raise ValueError(f"no LoRA to write to {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
     for name, layer in module.named_modules():
         if isinstance(layer, LoRALinear):
             for part in ("lora_A", "lora_B"):
@@ -137,12 +138,16 @@ def read_peft(folder, prefix: str = "") -> tuple[float, dict[str, Tensor]]:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no LoRA of peft: it has no {name}")
-    config = json.loads((folder / "adapter_config.json").read_text())
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        stored = load_file(folder / "adapter_model.safetensors")
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"the LoRA in {folder} cannot be read, is it whole? {error}") from error
     asked = {k: config[k] for k, off in NOT_BUILT.items() if (config.get(k) or off) != off}
     if asked:
         raise ValueError(f"{folder}/adapter_config.json asks for {asked}, which is not built here")
     tensors = {}
-    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
+    for name, tensor in stored.items():
         if not name.startswith(PEFT_PREFIX + prefix):
             raise ValueError(f"{folder}: {name} does not begin with {PEFT_PREFIX + prefix}")
         name = name.removeprefix(PEFT_PREFIX + prefix).removesuffix(".weight")

@@ -58,7 +58,7 @@ def mel_filters(n_mels: int) -> Tensor:
 
 
 def log_mel_spectrogram(audio: Tensor, n_mels: int) -> Tensor:
-    """Whisper's picture of sound. (..., N) at 16 kHz, within -1..1 -> (..., M, N // HOP)
+    """Whisper's picture of sound. (..., N) at 16 kHz, full scale 1 -> (..., M, N // HOP)
 
     Each waveform of a batch is scaled by its own loudest point, so its picture does not depend on
     its neighbours.
@@ -113,7 +113,7 @@ class WhisperConfig:
 
     @classmethod
     def from_json(cls, path):
-        raw = json.loads(Path(path).read_text())
+        raw = read_json(Path(path))
         missing = [name for name in cls.__dataclass_fields__ if name not in raw]
         if missing:
             raise ValueError(f"{path} has no {missing}; is it the config.json of a Whisper model?")
@@ -227,7 +227,7 @@ class WhisperEncoder(nn.Module):
         Every tensor of the encoder must be there with its shape; the decoder is left out by name.
         """
         path = Path(path)
-        if path.suffix == ".pt":
+        if path.suffix == ".pt" and path.is_file():
             config, stored = read_openai(path)
         elif (path / "config.json").is_file():
             config = WhisperConfig.from_json(path / "config.json")
@@ -288,8 +288,16 @@ def read_openai(file: Path) -> tuple[WhisperConfig, Iterator[tuple[str, Tensor]]
 
 # ------------------------------------------------------------------------------------ weight files
 
-# llama.py holds the same three functions: either file can be read, or taken away,
+# llama.py holds the same four functions: either file can be read, or taken away,
 # without the other.
+
+
+def read_json(path: Path) -> dict:
+    """What a JSON file holds; what is none is an error that names the file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -299,7 +307,7 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
         if index.is_file():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            shards = sorted(set(read_json(index)["weight_map"].values()))
             absent = [shard for shard in shards if not (folder / Path(shard).name).is_file()]
             if absent:
                 raise FileNotFoundError(f"{folder} lacks {absent}, which {index.name} names")

@@ -190,6 +190,44 @@ def test_what_is_there_is_not_written_over(bases, monkeypatch, capsys):
     assert "llama is there already; name another folder" in capsys.readouterr().err
 
 
+def test_tied_tensors_of_a_bin_file_are_written_each(bases, monkeypatch):
+    model = trained_model(bases)
+    model.save_pretrained(bases / "run")
+    file = bases / "whisper" / "model.safetensors"
+    stored = load_file(file)
+    stored["proj_out.weight"] = stored["model.encoder.layer_norm.weight"]  # one memory for both
+    torch.save(stored, bases / "whisper" / "pytorch_model.bin")
+    file.unlink()
+    llast.fingerprint.cache_clear()
+    llast.export(model, bases / "out")
+    written = load_file(bases / "out" / "whisper" / "model.safetensors")
+    assert torch.equal(written["proj_out.weight"], stored["proj_out.weight"])
+
+
+def test_an_export_that_fails_leaves_nothing(bases, monkeypatch, capsys):
+    trained_model(bases).save_pretrained(bases / "run")
+
+    def fail(*_):
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llast.shutil, "copy", fail)
+        assert command(patch, "export", bases / "run", "--out", bases / "out") == 2
+    assert "llast.py: the disk is full" in capsys.readouterr().err
+    assert not (bases / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["llm-lora/adapter_model", "projector", "encoder-lora/adapter"])
+def test_a_damaged_file_of_an_export_is_refused(bases, monkeypatch, capsys, name):
+    llast.export(trained_model(bases), bases / "out")
+    ending = "_config.json" if name.endswith("adapter") else ".safetensors"
+    (bases / "out" / f"{name}{ending}").write_bytes(b"{")
+    words = ["import", bases / "out", "--encoder", bases / "whisper", "--llm", bases / "llama"]
+    assert command(monkeypatch, *words, "--out", bases / "back") == 2
+    told = capsys.readouterr().err
+    assert told.startswith("llast.py: ") and "cannot be read" in told
+
+
 @pytest.mark.parametrize(
     "change", [{"use_dora": True}, {"bias": "all"}, {"rank_pattern": {"q_proj": 3}}]
 )

@@ -231,6 +231,10 @@ def test_rope_theta_is_read_from_rope_parameters(tmp_path):
     (
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.*llama3"),
         ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn"}}, "rope_scaling.*yarn"),
+        (
+            {"rope_scaling": {}, "rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+            "rope_scaling.*llama3",
+        ),
         ({"attention_bias": True}, "'attention_bias': True"),
         ({"mlp_bias": True}, "'mlp_bias': True"),
         ({"hidden_act": "gelu"}, "'hidden_act': 'gelu'"),
@@ -374,4 +378,28 @@ def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path):
     folder = llama_folder(tmp_path / "llama")
     (folder / "tokenizer.model").unlink()
     with pytest.raises(FileNotFoundError, match="has no tokenizer.model"):
+        Tokenizer(folder)
+
+
+@pytest.mark.parametrize("content", (b"", b"version https://git-lfs.github.com/spec/v1\n"))
+def test_a_damaged_tokenizer_is_refused_by_name(tmp_path, content):
+    folder = llama_folder(tmp_path / "llama")
+    (folder / "tokenizer.model").write_bytes(content)
+    with pytest.raises(ValueError, match="llama/tokenizer.model cannot be read, is it whole?"):
+        Tokenizer(folder)
+
+
+def test_a_tokenizer_that_cannot_begin_or_end_a_text_is_refused(tmp_path):
+    folder = llama_folder(tmp_path / "llama")
+    for name in ("bos_token_id", "eos_token_id"):
+        with pytest.raises(ValueError, match="names no id for the token that begins or that ends"):
+            Tokenizer(rewrite_config(folder, **{name: -1}).parent)
+        rewrite_config(folder, **{name: 1})
+
+
+@pytest.mark.parametrize("name", ("config.json", "added_tokens.json"))
+def test_a_file_that_is_no_json_is_named(tmp_path, name):
+    folder = llama_folder(tmp_path / "llama")
+    (folder / name).write_text("{")
+    with pytest.raises(ValueError, match=f"llama/{name} is not JSON"):
         Tokenizer(folder)

@@ -368,6 +368,29 @@ def test_a_base_with_one_other_number_is_refused(tree, kind, folder, tensor):
         LLaST.from_pretrained(tree / "run")
 
 
+def test_the_weights_that_are_compared_are_those_that_are_loaded(tree):
+    (tree / "llama" / "consolidated.00.pth").write_bytes(b"Meta's own file, which is not read")
+    llast.fingerprint.cache_clear()
+    LLaST.from_pretrained(tree / "run")
+    with pytest.raises(ValueError, match="was trained on another llm"):
+        change(tree / "llama" / "model.safetensors", lambda w: w["model.norm.weight"].add_(1))
+        LLaST.from_pretrained(tree / "run")
+
+
+def test_a_base_in_one_file_may_have_another_name(tmp_path):
+    (tmp_path / "a.pt").write_bytes(b"weights")
+    (tmp_path / "b.pt").write_bytes(b"weights")
+    assert llast.fingerprint(tmp_path / "a.pt") == llast.fingerprint(tmp_path / "b.pt")
+
+
+def test_a_model_merged_for_good_cannot_be_saved(bases, tmp_path):
+    model = trained_model(bases)
+    llast.merge_lora(model, for_good=True)
+    with pytest.raises(ValueError, match="merged for good"):
+        model.save_pretrained(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("kind", "folder"), [("encoder", "whisper"), ("llm", "llama")])
 def test_a_base_that_moved_is_asked_for_and_then_found(tree, kind, folder):
     (tree / folder).rename(tree / "elsewhere")

@@ -171,6 +171,15 @@ def test_merged_for_good_lora_lets_go_of_a_and_b(case):
     assert not [name for name, _ in model.named_parameters() if "lora_" in name]
 
 
+def test_a_second_lora_is_refused_and_the_first_stays_as_it_was(case):
+    model, targets, _ = case
+    add_trained_lora(model, targets)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    with pytest.raises(ValueError, match="has a LoRA already"):
+        add_lora(model, targets, R, ALPHA, 0.0)
+    assert trained == [name for name, p in model.named_parameters() if p.requires_grad] != []
+
+
 @torch.no_grad()
 def test_a_merged_layer_is_a_plain_linear_layer_with_another_weight():
     linear = torch.nn.Linear(6, 5)

@@ -356,8 +356,23 @@ def test_a_folder_without_weights_says_what_was_looked_for(tmp_path):
         Llama.from_pretrained(folder)
     with pytest.raises(FileNotFoundError, match="is no Llama: no config.json, no params.json"):
         Llama.from_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match="is no Whisper: .* folder with config.json nor a"):
-        WhisperEncoder.from_pretrained(tmp_path)
+    for path in (tmp_path, tmp_path / "missing.pt"):
+        with pytest.raises(
+            FileNotFoundError, match="is no Whisper: .* folder with config.json nor"
+        ):
+            WhisperEncoder.from_pretrained(path)
+
+
+def test_a_file_that_is_no_json_is_named(tmp_path):
+    for make, kind in ((whisper_folder, WhisperEncoder), (llama_folder, Llama)):
+        folder = make(tmp_path / kind.__name__)
+        (folder / "model.safetensors").rename(folder / "somewhere.safetensors")
+        (folder / "model.safetensors.index.json").write_text("<html>")
+        with pytest.raises(ValueError, match="model.safetensors.index.json is not JSON"):
+            kind.from_pretrained(folder)
+        (folder / "config.json").write_text("<html>")
+        with pytest.raises(ValueError, match=f"{kind.__name__}/config.json is not JSON"):
+            kind.from_pretrained(folder)
 
 
 def test_another_pt_file_is_no_whisper(tmp_path):
