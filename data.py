@@ -89,7 +89,7 @@ def parse_direction(text: str) -> tuple[str, str]:
     near = [pair for pair in cuts if "en" in pair]
     source, target = map(check_language, (known or near or cuts)[0])
     if (source == "en") == (target == "en"):
-        raise ValueError(f"{text}: one side has to be English, as in CoVoST-2")
+        raise ValueError(f"{text}: exactly one side has to be English, as in CoVoST-2")
     return source, target
 
 
@@ -121,6 +121,10 @@ def open_audio(path: Path) -> soundfile.SoundFile:
         raise AudioError(path, "not readable as audio (it has no header)") from error
     if file.frames > 1 << 40:  # what a FLAC that was streamed says of itself
         raise AudioError(path, "its header does not say how long it is; convert it once more")
+    if not file.seekable():  # old telephone formats
+        raise AudioError(
+            path, f"{file.format} cannot be read as a whole; convert it to wav or flac"
+        )
     return file
 
 
@@ -131,7 +135,7 @@ def audio_seconds(path) -> float:
 
 
 def load_audio(path) -> Tensor:
-    """Any file that soundfile reads (wav, flac, ogg, mp3) -> (N,) at 16 kHz, mono, within -1..1."""
+    """Any file that soundfile reads (wav, flac, ogg, mp3) -> (N,) at 16 kHz, mono, full scale 1."""
     path = Path(path)
     with open_audio(path) as file:
         promised, rate = file.frames, file.samplerate
@@ -209,6 +213,7 @@ def split_at_quiet(audio: Tensor, most: int) -> list[tuple[int, int]]:
 # ------------------------------------------------------------------------------------------ corpora
 
 SPLITS = ("train", "dev", "test")
+UNUSED_SPLIT = "extended dev or test"  # reason to leave out a row in which nothing is wrong
 csv.field_size_limit(1 << 30)  # one cell may be longer than the 128 KiB that Python allows
 
 
@@ -298,7 +303,7 @@ def clip_path(clips: Path, name: str, where: str) -> Path:
     odd = not parts or ".." in parts or "\0" in name or Path(name).is_absolute()
     # Following links is slow, and a plain name of a plain file cannot lead anywhere. A folder of
     # clips that is itself a link is fine: what counts is whether a file stays in it.
-    plain = len(parts) == 1 and not path.is_symlink()
+    plain = len(parts) == 1 and not os.path.islink(path)  # unlike Path's, for a name of any length
     if odd or not (plain or path.resolve().is_relative_to(clips.resolve())):
         raise ValueError(f"{where}: the path {name!r} is not inside the audio folder {clips}")
     return path
@@ -314,16 +319,19 @@ def text_problem(translation: str) -> str:
 def join_covost(spoken: Path, translated: Path) -> tuple[list[Entry], dict[str, list[str]]]:
     """Sentences and translations joined on path as get_covost_splits.py does, and what is left.
 
-    Only train has an extended split; a path that comes again counts once, as it came first.
+    Of CoVoST-2's extended splits only that of train is used; a path that comes again counts once,
+    as it came first.
     """
     said = read_tsv(spoken, ("path", "sentence")).values()
     sentences = {row["path"]: row["sentence"] for row in said}
-    entries, left_out = {}, {"other split": [], f"not in {spoken.name}": [], "path twice": []}
+    reasons = UNUSED_SPLIT, "unknown split", f"not in {spoken.name}", "path twice"
+    entries, left_out = {}, {reason: [] for reason in reasons}
     for line, row in read_tsv(translated, ("path", "translation", "split")).items():
         path, where = row["path"], f"{translated}:{line}"
         split = "train" if row["split"] == "train_covost" else row["split"]
         if split not in SPLITS:
-            left_out["other split"].append(f"{where}: {path}: {split}")
+            reason = UNUSED_SPLIT if split in ("dev_covost", "test_covost") else "unknown split"
+            left_out[reason].append(f"{where}: {path}: {split}")
         elif path not in sentences:
             left_out[f"not in {spoken.name}"].append(f"{where}: {path}")
         else:
@@ -360,7 +368,9 @@ def read_corpus(root, source: str, target: str) -> tuple[dict[str, list[Row]], l
                 f"Languages with data there: {have}. --data names another corpus"
             )
     entries, left_out = join_covost(spoken, translated)
-    splits, unusable = {split: [] for split in SPLITS}, left_out["path twice"]
+    splits = {split: [] for split in SPLITS}
+    del left_out[UNUSED_SPLIT]
+    unusable = [f"{row} ({reason})" for reason, rows in left_out.items() for row in rows]
     for entry in entries:
         path = clip_path(clips, entry.path, entry.where)
         if problem := text_problem(entry.translation):  # nothing to learn, nothing to score against
@@ -368,11 +378,12 @@ def read_corpus(root, source: str, target: str) -> tuple[dict[str, list[Row]], l
             continue
         try:
             seconds = audio_seconds(path)
-            if not 0 < seconds <= MAX_SECONDS:
+            in_pieces = entry.split == "test"  # so any length is fine there
+            if not (0 < seconds <= MAX_SECONDS or seconds and in_pieces):
                 raise AudioError(path, f"{seconds:.1f} s long, not within 0 to {MAX_SECONDS}")
         except AudioError as error:
             unusable.append(str(error))
-            if entry.split == "train":
+            if entry.split != "test":
                 continue
             seconds = 0.0  # a test clip stays: leaving it out would make the score another one
         texts = entry.sentence, entry.translation
@@ -394,8 +405,8 @@ def every_nth(rows: list[Row], n: int) -> list[Row]:
 
 # ------------------------------------------------------------------------------------------ prompts
 
-# Pieces of a prompt that are not text. They become ids by name, so a text that looks like one of
-# them can never pass for it.
+# Pieces of a prompt that are not text. They become ids by name: a text that looks like one of them
+# does not pass for it (see llama.Tokenizer for the exception).
 BOS, EOS, AUDIO = "<s>", "</s>", "<audio>"
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"  # a turn of ChatML
 AUDIO_ID = -300  # stands where the speech goes; no real token has it
@@ -703,11 +714,15 @@ def read_table(args: argparse.Namespace, source: str, tables: list[Path]):
             entry = Entry(where, path, row.get("sentence", ""), row["translation"], split)
             add_once(entry, entries, left_out)
     used = {entry.split for entry in entries.values()}
-    if not used or drawn and len(used) < len(SPLITS):
+    if not used:
+        others = ", ".join(sorted({row["lang"] for row in rows.values() if "lang" in row}))
+        found = f"its column lang holds {others}" if others else "it holds no rows"
+        raise ValueError(f"{args.table} has no row of {source}: {found}")
+    if drawn and len(used) < len(SPLITS):
         raise ValueError(
             f"{args.table} has {len(entries)} rows of {source}, which is too few to draw dev and "
             f"test from: of 20, a draw by their names takes about one each, and it took "
-            f"{' and '.join(sorted(used)) or 'none'}; the column split can say {', '.join(SPLITS)}"
+            f"{' and '.join(sorted(used))}; the column split can say {', '.join(SPLITS)}"
         )
     note = "the table has no column split: 1 clip of 20 was drawn for dev, 1 for test"
     return list(entries.values()), left_out, note if drawn else ""

@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -25,9 +24,17 @@ from tqdm import tqdm
 
 from data import TEMPLATES, Batch, Batches, Row, every_nth, parse_directions, read_corpus
 from llama import Llama, LlamaConfig
-from llast import LLaST, LLaSTConfig, encoder_flops, llm_flops, pick_device, projector_flops
+from llast import (
+    LLaST,
+    LLaSTConfig,
+    encoder_flops,
+    llm_flops,
+    phase,
+    pick_device,
+    projector_flops,
+)
 from lora import merge_lora
-from translate import describe, metrics, score_rows, translate
+from translate import describe, metrics, read_splits, score_rows, translate
 from whisper_encoder import WINDOWS, WhisperConfig, WhisperEncoder
 
 HERE = Path(__file__).parent
@@ -53,7 +60,7 @@ class Preset:
     llm_alpha: float
     dropout: float
     asr: float  # share of clips that are also transcribed
-    en_step: int  # of the clips in English every n-th is translated
+    en_step: int  # of the clips in English every n-th is trained on
     lr: float  # peak
     schedule: str
     warmup: float  # share of all steps
@@ -107,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--window", choices=WINDOWS, help="audio given to the encoder: padded to 30 s, or the clip")
     add("--trim", dest="window", action="store_const", const="clip", help="same as --window clip")
     add("--asr", type=float, help="share of clips that are also transcribed, 0 to 1")
-    add("--en-step", type=int, help="of the clips in English translate every n-th")
+    add("--en-step", type=int, help="of the clips in English train on every n-th")
     add("--clips", type=int, help="train on the first so many clips of each direction")
     tiny = PRESETS["tiny"]
     passes = f"[tiny: {tiny.epochs}; {tiny.epochs_several} with several directions]"
@@ -182,7 +189,9 @@ def geometry(base: Path, kind):
         return kind.from_json(base / "config.json")
     if base.name not in PUBLIC:
         known = ", ".join(PUBLIC)
-        raise FileNotFoundError(f"no config.json in {base}; without one, only {known} are known")
+        raise FileNotFoundError(
+            f"--plan needs a config.json, and {base} has none; without one, only {known} are known"
+        )
     return PUBLIC[base.name][2]
 
 
@@ -212,25 +221,26 @@ def mix(settings: Preset, most: int | None) -> tuple[list[tuple[str, int, int]],
     return rows, seconds / sum(n for _, n, _ in rows)
 
 
-def lora_size(settings: Preset, W: WhisperConfig, L: LlamaConfig) -> tuple[int, int, int]:
+def lora_size(settings: Preset, Wc: WhisperConfig, Lc: LlamaConfig) -> tuple[int, int, int]:
     """Parameters of the LoRA in a layer of the encoder, in the LLM's attention and in its MLP."""
-    Da, D, kv = W.d_model, L.hidden_size, L.num_key_value_heads * L.head_dim
-    q = L.num_attention_heads * L.head_dim
-    encoder = settings.encoder_rank * (4 * 2 * Da + 2 * (Da + W.encoder_ffn_dim))
+    Da, D, kv = Wc.d_model, Lc.hidden_size, Lc.num_key_value_heads * Lc.head_dim
+    q = Lc.num_attention_heads * Lc.head_dim
+    encoder = settings.encoder_rank * (4 * 2 * Da + 2 * (Da + Wc.encoder_ffn_dim))
     attention = settings.llm_rank * (2 * (D + q) + 2 * (D + kv))
-    mlp = settings.llm_rank * 3 * (D + L.intermediate_size)
+    mlp = settings.llm_rank * 3 * (D + Lc.intermediate_size)
     return encoder, attention, mlp
 
 
-def activation_bytes(settings, W: WhisperConfig, L: LlamaConfig, B: int, S: int, P: int) -> int:
+def activation_bytes(settings, Wc: WhisperConfig, Lc: LlamaConfig, B: int, S: int, P: int) -> int:
     """What the backward pass needs of the forward pass, in bf16: B clips of S states, P positions.
 
     Counted line by line in SelfAttention, Attention, MLP and LoRALinear, whose dropout keeps a mask
     of one byte and a copy of its input. A recomputed layer leaves its input, and one is open.
     What the last layer of the encoder leaves out of a 30 s window is not taken off.
     """
-    D, H, F = L.hidden_size, L.num_attention_heads, L.intermediate_size
-    q, kv, Da, Fe = H * L.head_dim, L.num_key_value_heads * L.head_dim, W.d_model, W.encoder_ffn_dim
+    D, H, F = Lc.hidden_size, Lc.num_attention_heads, Lc.intermediate_size
+    q, kv = H * Lc.head_dim, Lc.num_key_value_heads * Lc.head_dim
+    Da, Fe = Wc.d_model, Wc.encoder_ffn_dim
     if settings.dropout:  # for each of the seven, and of the six
         attention, mlp, encoder = 3 * (3 * D + q), 3 * (2 * D + F), 3 * (5 * Da + Fe)
     else:  # one for all that read it; the output projection's is kept by attention already
@@ -238,38 +248,38 @@ def activation_bytes(settings, W: WhisperConfig, L: LlamaConfig, B: int, S: int,
     attention += 4 * D + 4 * (q + kv) + 4 * H + 2 * 4 * settings.llm_rank
     mlp += 4 * D + 6 * F + 2 * 3 * settings.llm_rank
     encoder += 4 * Da + 8 * Da + 2 * Fe
-    encoder += 4 * W.encoder_attention_heads + 2 * 6 * settings.encoder_rank
-    in_encoder, *in_llm = (2 * n for n in lora_size(settings, W, L))  # LoRA's weights in bf16
+    encoder += 4 * Wc.encoder_attention_heads + 2 * 6 * settings.encoder_rank
+    in_encoder, *in_llm = (2 * n for n in lora_size(settings, Wc, Lc))  # LoRA's weights in bf16
     encoder, llm = B * S * encoder + in_encoder, B * P * (attention + mlp) + sum(in_llm)
     encoder_again, llm_again = settings.recompute == "all", settings.recompute != "none"
-    kept = W.encoder_layers * (2 * B * S * Da if encoder_again else encoder)
-    kept += L.num_hidden_layers * (2 * B * P * D if llm_again else llm)
+    kept = Wc.encoder_layers * (2 * B * S * Da if encoder_again else encoder)
+    kept += Lc.num_hidden_layers * (2 * B * P * D if llm_again else llm)
     largest = max(encoder_again * encoder, llm_again * llm)
     if not llm_again:  # the last MLP of the LLM works on answers alone
         kept -= B * (P - ANSWER) * mlp
-    logits = B * ANSWER * 10 * L.vocab_size  # in bf16, in float32, and their gradient
+    logits = B * ANSWER * 10 * Lc.vocab_size  # in bf16, in float32, and their gradient
     return kept + largest + logits
 
 
-def translation_bytes(settings: Preset, W: WhisperConfig, L: LlamaConfig, S: int, P: int) -> int:
+def translation_bytes(settings: Preset, Wc: WhisperConfig, Lc: LlamaConfig, S: int, P: int) -> int:
     """What it takes to translate CLIPS at once beside the weights, in bf16.
 
     The most of three: a layer of the encoder; the last layer but one that reads the prompts, with
     the keys and values so far; the steps, with room for more of them and the logits.
     """
-    F, D, kv = L.intermediate_size, L.hidden_size, L.num_key_value_heads * L.head_dim
-    encoder = 2 * CLIPS * S * (2 * W.encoder_ffn_dim + 3 * W.d_model)
+    F, D, kv = Lc.intermediate_size, Lc.hidden_size, Lc.num_key_value_heads * Lc.head_dim
+    encoder = 2 * CLIPS * S * (2 * Wc.encoder_ffn_dim + 3 * Wc.d_model)
     position = 2 * 2 * kv  # keys and values, of one layer
-    prompts = CLIPS * P * ((L.num_hidden_layers - 1) * position + 2 * (3 * F + 6 * D))
+    prompts = CLIPS * P * ((Lc.num_hidden_layers - 1) * position + 2 * (3 * F + 6 * D))
     room = P  # it grows as llama.Cache lets it grow
     while room < P + settings.beams * (ANSWER - 1):
         room += max(settings.beams, room // 2)
-    steps = CLIPS * (L.num_hidden_layers * position * room + 14 * settings.beams * L.vocab_size)
+    steps = CLIPS * (Lc.num_hidden_layers * position * room + 14 * settings.beams * Lc.vocab_size)
     return max(encoder, prompts, steps)
 
 
 def example_flops(
-    settings: Preset, W: WhisperConfig, L: LlamaConfig, S: int, heard: int, text: int, answer: int
+    settings: Preset, Wc: WhisperConfig, Lc: LlamaConfig, S: int, heard: int, text: int, answer: int
 ) -> float:
     """Multiplications and additions of one training example.
 
@@ -277,32 +287,32 @@ def example_flops(
     A frozen matrix costs a forward pass and the gradient of its input; a trained one that of its
     weight as well. Attention's backward pass is 2.5 times its forward pass.
     """
-    convolutions, in_encoder, attention = encoder_flops(W, S, heard)
+    convolutions, in_encoder, attention = encoder_flops(Wc, S, heard)
     P = heard + text
-    in_llm, causal = llm_flops(L, P, asked=answer)
-    in_encoder_layer, in_attention, in_mlp = lora_size(settings, W, L)
-    keys_and_values = settings.encoder_rank * 4 * W.d_model
-    encoder_lora = 2 * S * W.encoder_layers * in_encoder_layer
+    in_llm, causal = llm_flops(Lc, P, asked=answer)
+    in_encoder_layer, in_attention, in_mlp = lora_size(settings, Wc, Lc)
+    keys_and_values = settings.encoder_rank * 4 * Wc.d_model
+    encoder_lora = 2 * S * Wc.encoder_layers * in_encoder_layer
     encoder_lora -= 2 * (S - heard) * (in_encoder_layer - keys_and_values)
-    llm_lora = 2 * P * L.num_hidden_layers * (in_attention + in_mlp) - 2 * (P - answer) * in_mlp
-    frozen = in_encoder + in_llm + 2 * answer * L.hidden_size * L.vocab_size
-    trained = encoder_lora + llm_lora + projector_flops(W, L, heard)
+    llm_lora = 2 * P * Lc.num_hidden_layers * (in_attention + in_mlp) - 2 * (P - answer) * in_mlp
+    frozen = in_encoder + in_llm + 2 * answer * Lc.hidden_size * Lc.vocab_size
+    trained = encoder_lora + llm_lora + projector_flops(Wc, Lc, heard)
     again = in_llm + causal + llm_lora if settings.recompute != "none" else 0
     again += in_encoder + attention + encoder_lora if settings.recompute == "all" else 0
     # No gradient goes on from the convolutions, nor from the first layer's q, k and v.
-    stays = 2 * S * 3 * W.d_model**2
+    stays = 2 * S * 3 * Wc.d_model**2
     return convolutions + 2 * frozen - stays + 3.5 * (attention + causal) + 3 * trained + again
 
 
 def print_plan(settings: Preset, clips: int | None):
     """What training would take: parameters, memory, steps, time and downloads."""
-    W, L = geometry(settings.encoder, WhisperConfig), geometry(settings.llm, LlamaConfig)
+    Wc, Lc = geometry(settings.encoder, WhisperConfig), geometry(settings.llm, LlamaConfig)
     with torch.device("meta"):
-        model = LLaST(model_config(settings), WhisperEncoder(W), Llama(L), tokenizer=None)
+        model = LLaST(model_config(settings), WhisperEncoder(Wc), Llama(Lc), tokenizer=None)
     rows, seconds = mix(settings, clips)
     trained, frozen = print_parts(model)
     heard = math.ceil(50 * seconds)  # 50 states a second
-    P, S = heard + TEXT, W.max_source_positions if settings.window == "30s" else heard
+    P, S = heard + TEXT, Wc.max_source_positions if settings.window == "30s" else heard
     B = max(1, settings.batch // P)
     where = f"in {short(settings.data)}" if settings.data.is_dir() else "of CoVoST-2"
     print(f"{'direction':12}{'translate':>12}{'transcribe':>12}   training rows {where}")
@@ -317,17 +327,17 @@ def print_plan(settings: Preset, clips: int | None):
         "LoRA and projector, float32": 4 * trained,
         "gradients, float32": 4 * trained,
         "optimizer's two moments": 8 * trained,
-        "activations, estimated": activation_bytes(settings, W, L, B, S, P),
+        "activations, estimated": activation_bytes(settings, Wc, Lc, B, S, P),
     }
     print("memory on one GPU                    GB")
     for label, size in (memory | {"all": sum(memory.values())}).items():
         print(f"    {label:29}{size / 1e9:6.2f}")
     projector = sum(p.numel() for p in model.projector.parameters())
-    largest = max(W.d_model * W.encoder_ffn_dim, L.hidden_size * L.intermediate_size)
+    largest = max(Wc.d_model * Wc.encoder_ffn_dim, Lc.hidden_size * Lc.intermediate_size)
     loading = 2 * frozen + 4 * trained + 16 * largest  # LoRA beside the weights, until it is merged
-    merged = 2 * frozen + 4 * projector + translation_bytes(settings, W, L, S, P - ANSWER)
+    merged = 2 * frozen + 4 * projector + translation_bytes(settings, Wc, Lc, S, P - ANSWER)
     print(f"    {f'to translate {CLIPS} such clips':29}{max(loading, merged) / 1e9:6.2f}")
-    flops = example_flops(settings, W, L, S, heard, TEXT, ANSWER)
+    flops = example_flops(settings, Wc, Lc, S, heard, TEXT, ANSWER)
     hours = n * settings.epochs * flops / (FLOPS * SHARE) / 3600
     lasts = f"{hours:.1f} h" if hours > 0.1 else "less than 0.1 h"
     print(
@@ -392,16 +402,11 @@ def print_corpus(splits: dict[str, list[Row]], batches: Batches):
 
 
 def read_all(settings: Preset, clips: int | None) -> dict[str, list[Row]]:
-    """The splits of all directions together; clips that cannot be used are counted and named."""
+    """The splits of all directions together."""
     splits = {"train": [], "dev": [], "test": []}
     for source, target in parse_directions(settings.lang):
         metrics(target)  # a missing tokenizer for the scores is better known now than at the end
-        found, unusable = read_corpus(settings.data, source, target)
-        for reason in unusable[:5]:
-            print(f"cannot be used: {reason}")
-        if unusable:
-            n = len(unusable)
-            print(f"{source}-{target}: {n} clip{'s'[: n > 1]} cannot be used; the first are above")
+        found = read_splits(settings.data, source, target)
         for split, rows in found.items():
             if not any(row.seconds for row in rows):
                 where = f"the {source}-{target} corpus in {settings.data}"
@@ -432,6 +437,9 @@ def dev_loss(model: LLaST, batches: Batches) -> float:
             losses = model(batch)
             total, tokens = total + losses.sum().item(), tokens + len(losses)
     model.train()
+    if not tokens:
+        path, reason = next(iter(batches.skipped.items()))
+        raise ValueError(f"no dev clip can be read; the first: {path}: {reason}")
     return total / tokens
 
 
@@ -462,15 +470,6 @@ def refuse_what_is_there(out: Path):
         raise ValueError(f"{out} holds a trained model; {instead}")
     if out.is_file() or out.exists() and any(out.iterdir()) and not (out / "run.json").is_file():
         raise ValueError(f"{out} exists and is no run of this program; {instead}")
-
-
-@contextmanager
-def phase(what: str, less: str):
-    """A lack of memory is told with the part of the run where it came, and what needs less."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise torch.OutOfMemoryError(f"out of memory {what}; {less}: {error}") from error
 
 
 class Pace:
@@ -565,6 +564,11 @@ def train(model: LLaST, batches: Batches, dev: Batches, settings: Preset, out: P
                     loss.backward()
                 total += loss.item()
             grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
+            if not math.isfinite(grad_norm):  # a step would make every weight NaN
+                raise ValueError(
+                    f"step {done + 1} has a loss of {total} and a gradient of length {grad_norm}; "
+                    f"a smaller --lr may help. {saved_in(out)}"
+                )
             lr = schedule.get_last_lr()[0]
             with phase("in a step of the optimizer", SMALLER):
                 optimizer.step()
@@ -588,6 +592,11 @@ def train(model: LLaST, batches: Batches, dev: Batches, settings: Preset, out: P
     bar.close()
 
 
+def saved_in(out: Path) -> str:
+    saved = (out / "llast.json").is_file()
+    return f"The model of the last whole epoch is in {short(out)}" if saved else "No model is saved"
+
+
 def log(out: Path, line: dict):
     with open(out / "log.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
@@ -608,8 +617,9 @@ def finish(model: LLaST, rows: list[Row], settings: Preset, out: Path, began: fl
 
 
 def print_command(rows: list[Row], out: Path):
-    """How to translate a test clip; a model of several languages has to be told which it hears."""
-    lang = f" --lang {rows[0].source}" if len(by_direction(rows)) > 1 else ""
+    """How to translate a test clip; a model of several directions has to be told which."""
+    first, *others = by_direction(rows)
+    lang = f" --lang {first}" if others else ""
     print(f"    python translate.py --model {short(out)}{lang} {short(rows[0].path)}")
 
 
@@ -661,11 +671,13 @@ def run(args: argparse.Namespace) -> int:
     (out / "log.jsonl").write_text("")
     try:
         train(model, batches, dev, settings, out)
-        for path, reason in batches.skipped.items():
-            print(f"left out of training: {path}: {reason}")
+        for path, reason in (batches.skipped | dev.skipped).items():
+            print(f"left out of the loss: {path}: {reason}")
         with phase(f"on a test clip, the model is saved in {short(out)}", SMALLER):
             finish(model, splits["test"], settings, out, began)
     except KeyboardInterrupt:
+        if not (out / "log.jsonl").stat().st_size:
+            raise  # nothing has been learnt so far
         print("\nstopped by Ctrl-C; saving what has been learnt so far")
         model.save_pretrained(out)
         print(f"it is in {short(out)}, without test scores. Try:")
@@ -679,9 +691,9 @@ def main() -> int:
     try:
         return run(args)
     except KeyboardInterrupt:
-        print("\nstopped before the training began", file=sys.stderr)
+        print("\nstopped before the first step", file=sys.stderr)
         return 130
-    except (ValueError, FileNotFoundError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
 

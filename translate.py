@@ -11,6 +11,7 @@ are sacreBLEU's, and word error rates counted here: tests/test_scores.py.
 import argparse
 import ctypes
 import json
+import os
 import sys
 import time
 from collections import defaultdict
@@ -46,7 +47,7 @@ from data import (
     split_at_quiet,
 )
 from llama import Cache, Llama
-from llast import LLaST, encoder_flops, llm_flops, pick_device, projector_flops
+from llast import LLaST, encoder_flops, llm_flops, phase, pick_device, projector_flops
 from lora import merge_lora
 
 HERE = Path(__file__).parent
@@ -63,6 +64,7 @@ class Hypothesis:
 
     ids: list[int]
     score: float
+    length: int  # the end counted, if it has one
 
 
 class Finished:
@@ -80,7 +82,7 @@ class Finished:
     def add(self, ids: list[int], log_prob: float, length: int):
         """Take an answer in, unless no beam stands behind it or the clip is done."""
         if log_prob > -torch.inf and not self.done:
-            self.best.append(Hypothesis(ids, self.score(log_prob, length)))
+            self.best.append(Hypothesis(ids, self.score(log_prob, length), length))
             self.best.sort(key=lambda hypothesis: -hypothesis.score)
             del self.best[self.W :]
 
@@ -194,7 +196,7 @@ class Translation:
     path: str
     text: str = ""
     score: float | None = None  # log-probability over length ** length_penalty
-    tokens: int = 0  # written for it, ends counted; by a cascade twice
+    tokens: int = 0  # written for it, ends counted; by a cascade in both its steps
     n_best: list[dict] = field(default_factory=list)  # text and score of each answer, best first
     error: str | None = None
     pieces: list[dict] = field(default_factory=list)  # of a long clip: start and end in s, text
@@ -268,8 +270,10 @@ def answers_to(model: LLaST, ids: Tensor, heard: list, embed, search: tuple) -> 
     try:
         prompts = [model.splice(ids, x) for x in embed(heard)]
         found = beam_search(model.llm, prompts, sorted(ends), *search)
+        if not all(found):
+            raise ValueError("the model answers with NaN; its weights are damaged")
         return [
-            [Answer(model.tokenizer.decode(h.ids), round(h.score, 4), len(h.ids) + 1) for h in best]
+            [Answer(model.tokenizer.decode(h.ids), round(h.score, 4), h.length) for h in best]
             for best in found
         ]
     except torch.OutOfMemoryError:
@@ -358,19 +362,19 @@ class Meter:
         self.seconds, self.flops, self.peak = 0.0, 0, 0
         self.joules = None if gpu_joules() is None else 0.0
         self.on_gpu, self.counting = model.device.type == "cuda", False
-        W, L = model.speech_encoder.config, model.llm.config
+        Wc, Lc = model.speech_encoder.config, model.llm.config
 
         def of_encoder(mel, lengths, n):
-            return len(mel) * sum(encoder_flops(W, mel.shape[2] // 2, n))
+            return len(mel) * sum(encoder_flops(Wc, mel.shape[2] // 2, n))
 
         def of_layers(x, cos, sin, past, can_attend, asked):
             (B, T, _), n = x.shape, past[2] if past else 0
-            return B * sum(llm_flops(L, T, T if asked is None else len(asked[0]) // B, n))
+            return B * sum(llm_flops(Lc, T, T if asked is None else len(asked[0]) // B, n))
 
         self.count(model.speech_encoder, of_encoder)
-        self.count(model.projector, lambda x: projector_flops(W, L, x.numel() // W.d_model))
+        self.count(model.projector, lambda x: projector_flops(Wc, Lc, x.numel() // Wc.d_model))
         self.count(model.llm.model.layers[-1], of_layers)
-        self.count(model.llm.lm_head, lambda x: 2 * x.numel() * L.vocab_size)
+        self.count(model.llm.lm_head, lambda x: 2 * x.numel() * Lc.vocab_size)
 
     def count(self, module: nn.Module, formula):
         def hook(_, args):
@@ -497,6 +501,17 @@ def error_rates(hypotheses: list[str], references: list[str], language: str) -> 
     }
 
 
+def read_splits(corpus: Path, source: str, target: str) -> dict[str, list[Row]]:
+    """The rows of a direction by split; those that cannot be used are counted, the first named."""
+    splits, unusable = read_corpus(corpus, source, target)
+    for reason in unusable[:5]:
+        print(f"cannot be used: {reason}", file=sys.stderr)
+    if n := len(unusable):
+        what = f"{n} row{'s'[: n > 1]} of the {source}-{target} corpus cannot be used"
+        print(f"{what}; the first are above", file=sys.stderr)
+    return splits
+
+
 def score_rows(model: LLaST, rows: list[Row], tsv: Path | None = None, task="st", **how) -> dict:
     """Translate or transcribe rows of one direction and score what came of them."""
     rows = rows_with_reference(rows, task)
@@ -612,7 +627,7 @@ def audio_paths(arguments: list[str]) -> list[Path]:
     """Clips named one by one, all audio of a folder, or the lines of a .txt file, in order."""
     paths = []
     for argument in map(Path, arguments):
-        if argument.is_dir():
+        if os.path.isdir(argument):  # unlike Path's, for a name of any length
             inside = sorted(p for p in argument.iterdir() if p.suffix.lower() in AUDIO_FILES)
             if not inside:
                 raise FileNotFoundError(f"{argument} holds no {', '.join(AUDIO_FILES)} file")
@@ -620,7 +635,10 @@ def audio_paths(arguments: list[str]) -> list[Path]:
         elif argument.suffix == ".txt":
             if not argument.is_file():
                 raise FileNotFoundError(f"{argument}: no such file")
-            lines = argument.read_text(encoding="utf-8-sig").splitlines()
+            try:
+                lines = argument.read_text(encoding="utf-8-sig").splitlines()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{argument} is not in UTF-8; save it as UTF-8") from error
             listed = [argument.parent / line.strip() for line in lines if line.strip()]
             if not listed:
                 raise ValueError(f"{argument} names no clip; expected a path a line")
@@ -641,7 +659,8 @@ def choose_direction(model: LLaST, lang: str | None, where: Path, task: str) -> 
     if task == "asr":
         fits = list(dict(fits).items())
     if not fits:
-        parse_directions(lang)  # a mistyped language has an error of its own
+        if (task, lang) != ("asr", "en"):
+            parse_directions(lang)  # a mistyped language has an error of its own
         raise ValueError(f"{where} was not trained on {lang!r}; it knows {names}")
     if len(fits) > 1:
         raise ValueError(f"{where} knows {names}; say which with --lang")
@@ -695,21 +714,29 @@ def corpus_of(folder: Path) -> Path:
     return HERE / "tiny" / "corpus"
 
 
+def tsv_of(folder: Path, task: str, name: str) -> Path:
+    """Where --test writes every clip; test.*.tsv is that of the training."""
+    return folder / f"scored.{task}.{name}.tsv"
+
+
 def run_tests(model: LLaST, args, folder: Path, how: dict, meter) -> list[Translation]:
     """Score the test sets that --test names. -> what came of their clips"""
     corpus = args.data or corpus_of(folder)
     tests = {}  # all is looked up before the first clip is translated, which may take hours
     for source, target in parse_directions(args.test):
         name = source if args.task == "asr" else f"{source}-{target}"
-        source, target = choose_direction(model, name, folder, args.task)
-        rows = read_corpus(corpus, source, target)[0]["test"]
+        choose_direction(model, name, folder, args.task)  # or an error
+        if name in tests:
+            continue  # a language is transcribed once, whatever it is translated into
+        rows = read_splits(corpus, source, target)["test"]
         if not rows:
             raise ValueError(f"the {source}-{target} corpus in {corpus} has no test clips")
         tests[name] = rows_with_reference(rows, args.task)
+        tsv_of(folder, args.task, name).open("a").close()  # it can be written
     print(f"the corpus: {corpus}", file=sys.stderr)
     scores, everything = {}, []
     for name, rows in tests.items():
-        tsv = folder / f"scored.{args.task}.{name}.tsv"  # test.*.tsv is that of the training
+        tsv = tsv_of(folder, args.task, name)
         paths, pair = [row.path for row in rows], (rows[0].source, rows[0].target)
         with meter:
             results = translate(model, paths, args.task, *pair, progress=True, **how)
@@ -744,6 +771,10 @@ def check(args: argparse.Namespace):
     for name in ("beams", "max_new_tokens", "n_best", "batch"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; 1 is the least")
+    if not abs(args.length_penalty) <= 10:
+        raise ValueError(f"--length-penalty is {args.length_penalty}; expected -10 to 10")
+    if args.lang and "," in args.lang:
+        raise ValueError(f"--lang is {args.lang}; all audio files are in one direction, name one")
     if args.lang and not args.audio:
         raise ValueError("--lang is for audio files, and none is named; --test names directions")
     if args.n_best > 1 and not args.audio:
@@ -758,27 +789,29 @@ def check(args: argparse.Namespace):
 
 def run(args: argparse.Namespace) -> int:
     check(args)
+    paths = audio_paths(args.audio)
     folder = args.model or newest_run(HERE / "runs")
     if not args.model:
         print(f"no --model given: using the newest, {folder}", file=sys.stderr)
     device, dtype, _ = pick_device()
-    model = LLaST.from_pretrained(folder, args.encoder, args.llm, device, dtype)
-    merge_lora(model, for_good=True)
+    with phase("while loading the model", "a smaller one needs less"):
+        model = LLaST.from_pretrained(folder, args.encoder, args.llm, device, dtype)
+        merge_lora(model, for_good=True)
+    direction = choose_direction(model, args.lang, folder, args.task) if paths else ()
     if args.compile:
         model.compile_layers()
     how = {name: getattr(args, name) for name in ("beams", "length_penalty", "max_new_tokens")}
     how["batch_size"] = args.batch
     meter = Meter(model) if args.stats else nullcontext()
-    everything = run_tests(model, args, folder, how, meter) if args.test else []
-    if args.audio:
-        paths = audio_paths(args.audio)
-        source, target = choose_direction(model, args.lang, folder, args.task)
-        how |= {"n_best": args.n_best, "progress": len(paths) > args.batch}
-        with meter:
-            results = translate(model, paths, args.task, source, target, **how)
-        for result in results:
-            show(result, args)
-        everything += results
+    with phase("on one clip at a time", "fewer --beams or --max-new-tokens need less"):
+        everything = run_tests(model, args, folder, how, meter) if args.test else []
+        if paths:
+            how |= {"n_best": args.n_best, "progress": len(paths) > args.batch}
+            with meter:
+                results = translate(model, paths, args.task, *direction, **how)
+            for result in results:
+                show(result, args)
+            everything += results
     if args.stats:
         show_cost(meter.figures(everything), args.json)
     return 1 if any(result.error for result in everything) else 0
@@ -791,11 +824,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
-    except torch.OutOfMemoryError as error:
-        less = "even one clip at a time; fewer --beams or --max-new-tokens need less"
-        print(f"translate.py: out of memory, {less}: {error}", file=sys.stderr)
-        return 2
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"translate.py: {error}", file=sys.stderr)
         return 2
 

@@ -152,6 +152,7 @@ def test_a_clip_that_cannot_be_used_is_named_with_the_reason(tmp_path):
     (tmp_path / "half.mp3").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "empty.wav").touch()
     (tmp_path / "bare.raw").write_bytes(bytes(999))
+    (tmp_path / "old.vox").write_bytes(bytes(999))
     (tmp_path / "text.mp3").write_text("Not a sound. " * 99)
     (tmp_path / "random.wav").write_bytes(np.random.default_rng(0).bytes(999))
     write(tmp_path / "silent.wav", [])
@@ -162,6 +163,7 @@ def test_a_clip_that_cannot_be_used_is_named_with_the_reason(tmp_path):
         "empty.wav": "the file is empty",
         "random.wav": "not readable as audio",
         "bare.raw": "it has no header",
+        "old.vox": "RAW cannot be read as a whole",
         "text.mp3": "no mp3 audio in it",
         "x" * 300 + ".wav": "no such file",
         "half.flac": "not readable as audio|cut short",
@@ -222,9 +224,9 @@ def test_all_is_covost_and_paper_is_what_the_paper_trains_on():
     ("typed", "message"),
     [
         ("en", "name it, as in en-de"),
-        ("fr-de", "fr-de: one side has to be English"),
-        ("zh-CN-de", "one side has to be English"),
-        ("en-en", "one side has to be English"),
+        ("fr-de", "fr-de: exactly one side has to be English"),
+        ("zh-CN-de", "exactly one side has to be English"),
+        ("en-en", "exactly one side has to be English"),
         ("zh", "did you mean 'zh-CN'"),
         ("zh-TW", "unknown language 'zh'; did you mean 'zh-CN'"),
         ("en-zh", "unknown language 'zh'; did you mean 'zh-CN'"),
@@ -324,27 +326,46 @@ def test_a_corpus_is_joined_and_split_as_covost_does(corpus):
         sentence, translation, _ = CORPUS[name]
         return Row(corpus / "fr" / "clips" / name, sentence, translation, "fr", "en", seconds)
 
-    # A clip that cannot be used leaves the training part only: a score counts every clip.
+    # A clip that cannot be used stays in test alone: a score counts every clip.
     assert splits == {
         "train": [row("train.wav"), row("more.wav"), row("removed.wav")],
-        "dev": [row("dev.wav"), row("empty.wav", 0.0)],
-        "test": [row("test.wav"), row("long.wav", 0.0)],
+        "dev": [row("dev.wav")],
+        "test": [row("test.wav"), row("long.wav", 30.01)],
     }
 
 
-def test_clips_that_are_missing_broken_or_too_long_are_named(corpus):
+def test_rows_that_cannot_be_used_are_named_with_the_reason(corpus):
+    table = corpus / "fr" / "covost_v2.fr_en.tsv"
+    write(corpus / "fr" / "clips" / "long_dev.wav", np.zeros(30_010), rate=1000)
+    table.write_text(table.read_text() + "long_dev.wav\ttoo long to learn\tdev\tx\n")
+    spoken = corpus / "fr" / "validated.tsv"
+    spoken.write_text(spoken.read_text() + "x\tlong_dev.wav\tlong\n")
     _, unusable = data.read_corpus(corpus, "fr", "en")
-    assert [Path(line.split(": ")[0]).name for line in unusable] == [
-        "missing.wav",
-        "broken.wav",
-        "long.wav",
-        "empty.wav",
-        "wordless.wav",
-        "remove.wav",
+    wanted = [
+        r"fr_en\.tsv:7: odd\.wav: validated \(unknown split\)",
+        r"fr_en\.tsv:8: unsaid\.wav \(not in validated\.tsv\)",
+        r"missing\.wav: no such file",
+        r"broken\.wav: not readable as audio",
+        r"empty\.wav: 0\.0 s long",
+        r"wordless\.wav: empty text \(.*fr_en\.tsv:13\)",
+        r"remove\.wav: REMOVE \(.*fr_en\.tsv:14\)",
+        r"long_dev\.wav: 30\.0 s long, not within 0 to 30",
     ]
-    assert "30.0 s long" in unusable[2] and "0.0 s long" in unusable[3]
-    assert re.search(r": empty text \(.*covost_v2\.fr_en\.tsv:13\)", unusable[4])
-    assert re.search(r": REMOVE \(.*covost_v2\.fr_en\.tsv:14\)", unusable[5])
+    for line, pattern in zip(unusable, wanted, strict=True):
+        assert re.search(pattern, line), line
+
+
+def test_a_name_too_long_for_a_file_is_one_bad_row(corpus):
+    name = "x" * 300 + ".wav"
+    for table, line in (
+        ("validated", f"x\t{name}\tun"),
+        ("covost_v2.fr_en", f"{name}\tone\tdev\tx"),
+    ):
+        with open(corpus / "fr" / f"{table}.tsv", "a") as file:
+            file.write(line + "\n")
+    splits, unusable = data.read_corpus(corpus, "fr", "en")
+    assert [row.path.name for row in splits["dev"]] == ["dev.wav"]
+    assert unusable[-1].endswith(f"{name}: no such file")
 
 
 def test_a_clip_that_is_translated_twice_counts_once(corpus):

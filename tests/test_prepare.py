@@ -148,7 +148,10 @@ def test_the_report_counts_every_row_once(common_voice, capsys):
                 "kept in spite of": {"missing": 1, "zero bytes": 1, "too long": 1},
             },
         },
-        "in no split": {"other split": 2, "not in validated.tsv": 1, "path twice": 1},
+        "in no split": {
+            "extended dev or test": 2, "unknown split": 0, "not in validated.tsv": 1,
+            "path twice": 1,
+        },
     }  # fmt: skip
     table = str(tables[1])
     assert examples["REMOVE"] == [f"{table}:22: remove1.mp3", f"{table}:23: remove2.mp3"]
@@ -164,7 +167,7 @@ def test_the_report_counts_every_row_once(common_voice, capsys):
         "hours 0.0003 0.0001 0.0001",
         "left out: undecodable 1 1 0",
         "kept in spite of: missing 0 0 1",
-        "2 rows in no split: other split",
+        "2 rows in no split: extended dev or test",
         "0 clips were converted before",
     ):
         assert line in " ".join(printed.split())
@@ -189,10 +192,10 @@ def test_what_was_prepared_is_what_is_read(common_voice):
             ("good5.flac", "cinq", "five", SECONDS),
             ("missing3.flac", "neuf", "nine", 0.0),
             ("zero2.flac", "dix", "ten", 0.0),
-            ("long2.flac", "quatorze", "fourteen", 0.0),
+            ("long2.flac", "quatorze", "fourteen", 30.1),
         ],
     }
-    assert len(unusable) == 3
+    assert len(unusable) == 2
     clips = common_voice / "out" / "fr" / "clips"
     assert not (clips / "long1.flac").exists() and not (clips / "covost.flac").exists()
     for name in ("good1", "good2"):
@@ -462,7 +465,7 @@ def refused(capsys, *flags) -> str:
         ("a.wav\tx\tvalid", r"mine\.tsv:2: the split is 'valid'; expected train, dev, test"),
         ("a.wav\tx", r"mine\.tsv:2: expected 3 cells \(path, translation, split\), found 2"),
         ("a.wav\tx\ttrain\na.mp3\ty\ttrain", r":3: a\.mp3 and a\.wav would both be a\.flac"),
-        ("", r"mine\.tsv has 0 rows of cy, which is too few"),
+        ("", r"mine\.tsv has no row of cy: it holds no rows"),
     ],
 )
 def test_a_bad_row_is_named_and_nothing_is_written(tmp_path, capsys, row, message):
@@ -472,6 +475,12 @@ def test_a_bad_row_is_named_and_nothing_is_written(tmp_path, capsys, row, messag
     write_lines(tmp_path / "mine.tsv", "path\ttranslation\tsplit", row)
     assert re.search(message, refused(capsys, *table_flags(tmp_path)))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_table_of_other_languages_says_which(tmp_path, capsys):
+    write_clip(tmp_path / "audio" / "a.wav")
+    write_lines(tmp_path / "mine.tsv", "path\ttranslation\tlang", "a.wav\tx\twelsh")
+    assert "no row of cy: its column lang holds welsh" in refused(capsys, *table_flags(tmp_path))
 
 
 def test_what_is_missing_is_named_before_any_work(common_voice, capsys):

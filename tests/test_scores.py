@@ -280,6 +280,13 @@ def test_error_rates_of_several_languages_are_a_table_too(command, says, tmp_pat
     assert read_table(tmp_path / "scored.asr.en.tsv")[1][:3] == ["en0.mp3", "dit en 0", "dit en 0"]
 
 
+def test_transcripts_are_those_of_the_direction_that_was_named(command, says, tmp_path):
+    for direction in ("en-de", "en-zh-CN", "en-ja"):  # whatever it was trained to translate into
+        assert command("--test", direction, "--task", "asr")[0] == 0
+        assert says.calls[-1][:3] == ("asr", "en", direction.removeprefix("en-"))
+    assert "was not trained on 'it'" in command("--test", "it", "--task", "asr")[2]
+
+
 def test_json_is_an_object_for_each_direction(command):
     code, lines, _ = command("--test", "fr,de", "--json", "--published")
     french, german = map(json.loads, lines)

@@ -1,6 +1,7 @@
 """The command line of train.py: what it writes, that it repeats itself, what it refuses."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 import data
 import train
-from data import Batch
+from data import Batch, Row
 from llast import LLaST
 from translate import translate
 
@@ -88,7 +89,7 @@ def test_a_run_writes_the_files_that_the_readme_names(monkeypatch, corpus, tmp_p
     for part in ("encoder LoRA", "projector", "LLM LoRA"):
         assert part in printed
     command = next(line for line in printed.splitlines() if "python translate.py" in line)
-    assert "--lang fr" in command  # of two languages
+    assert "--lang fr-en " in command  # of two directions
     clip = next((corpus / "de" / "clips").iterdir())
     [result] = translate(LLaST.from_pretrained(out), [clip], source="de", max_new_tokens=4)
     assert result.error is None
@@ -191,6 +192,52 @@ def test_out_of_memory_names_the_flags_that_help(monkeypatch, corpus, tmp_path, 
         assert phase in told and flag in told and "80 GiB" in told
 
 
+def test_a_gradient_that_is_no_number_stops_the_run_before_it_reaches_the_model(
+    monkeypatch, corpus, tmp_path, capsys
+):
+    out, forward, steps = tmp_path / "run", LLaST.forward, []
+
+    def diverge(model, batch):
+        steps.append(model.training)
+        loss = forward(model, batch)
+        return loss * math.nan if sum(steps) == per_epoch + 1 else loss
+
+    assert run(monkeypatch, *flags_for(corpus, tmp_path / "whole")) == 0
+    log = (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
+    per_epoch = json.loads(log[-1])["step"]
+    monkeypatch.setattr(LLaST, "forward", diverge)
+    flags = *flags_for(corpus, out), "--epochs", 2, "--schedule", "cosine"
+    assert run(monkeypatch, *flags) == 2
+    told = capsys.readouterr().err
+    assert f"step {per_epoch + 1} has a loss of nan" in told and "a smaller --lr may help" in told
+    assert "The model of the last whole epoch is in" in told
+    assert all(tensor.isfinite().all() for tensor in LLaST.from_pretrained(out).trained().values())
+    assert "NaN" not in (out / "log.jsonl").read_text()
+
+    per_epoch = 0  # in the very first step
+    steps.clear()
+    assert run(monkeypatch, *flags_for(corpus, tmp_path / "first")) == 2
+    assert "No model is saved" in capsys.readouterr().err
+
+
+def test_dev_clips_that_cannot_be_read_are_told(monkeypatch, corpus, tmp_path, capsys):
+    table = (corpus / "fr" / "covost_v2.fr_en.tsv").read_text().splitlines()
+    dev = [line.split("\t")[0] for line in table if line.endswith("\tdev")]
+    lost = set(dev[:1])
+
+    def load(path):
+        if path.name in lost:
+            raise data.AudioError(path, "the disk lost it")
+        return data.load_audio(path)
+
+    monkeypatch.setattr(data, "remembered_audio", load)
+    assert run(monkeypatch, *flags_for(corpus, tmp_path / "run")) == 0
+    assert f"left out of the loss: {corpus}/fr/clips/{dev[0]}: the disk" in capsys.readouterr().out
+    lost.update(dev)
+    assert run(monkeypatch, *flags_for(corpus, tmp_path / "none")) == 2
+    assert "no dev clip can be read; the first: " in capsys.readouterr().err
+
+
 def test_what_is_made_ahead_comes_in_order_and_one_item_early():
     made = []
 
@@ -229,8 +276,8 @@ def test_a_split_without_a_usable_clip_is_told_before_the_training(
             text = text.replace(name, f"gone_{name}")
         file.write_text(text)
     assert run(monkeypatch, *flags_for(corpus, tmp_path / "run")) == 2
-    out, err = capsys.readouterr()
-    assert "no such file" in out and "no dev clips that can be used" in err
+    err = capsys.readouterr().err
+    assert "no such file" in err and "no dev clips that can be used" in err
     assert not (tmp_path / "run").exists()
 
 
@@ -261,6 +308,27 @@ def test_ctrl_c_leaves_a_model_that_works(corpus, tmp_path):
     clip = next((corpus / "fr" / "clips").iterdir())
     [result] = translate(LLaST.from_pretrained(out), [clip], max_new_tokens=4)
     assert result.error is None
+
+
+def test_ctrl_c_before_the_first_step_leaves_no_model(monkeypatch, corpus, tmp_path, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    flags = flags_for(corpus, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", stop)
+        assert run(patch, *flags) == 130
+    assert capsys.readouterr().err == "\nstopped before the first step\n"
+    assert not (tmp_path / "run" / "llast.json").exists()
+    assert run(monkeypatch, *flags) == 0, "the same command starts it again"
+
+
+def test_the_command_to_try_names_a_direction_that_is_clear(capsys):
+    rows = [Row(Path("a.mp3"), "x", "y", "en", target, 1.0) for target in ("de", "zh-CN")]
+    train.print_command(rows, Path("run"))
+    assert "--lang en-de a.mp3" in capsys.readouterr().out
+    train.print_command(rows[:1], Path("run"))
+    assert "--lang" not in capsys.readouterr().out
 
 
 def test_a_short_run_of_both_tasks_reaches_every_trained_tensor(monkeypatch, corpus, tmp_path):

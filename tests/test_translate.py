@@ -423,7 +423,7 @@ def test_a_cascade_translates_what_it_has_transcribed(model, clips):
         [answers] = beam_search(model.llm, [model.llm.embed(row)], model.tokenizer.eos_ids, 3,
                                 max_new_tokens=6)  # fmt: skip
         assert result.text == model.tokenizer.decode(answers[0].ids)
-        assert result.tokens == transcript.tokens + len(answers[0].ids) + 1
+        assert result.tokens == transcript.tokens + answers[0].length
         assert result.score == pytest.approx(answers[0].score, abs=2e-4)
 
 
@@ -686,11 +686,73 @@ def test_ctrl_c_is_answered(command, quick, clips, monkeypatch):
     assert command(*quick, clips / "good0.wav") == (130, [], "\nstopped\n")
 
 
+def test_a_lack_of_memory_is_told_with_where_it_came(command, quick, clips, monkeypatch):
+    def too_much(*_, **__):
+        raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    for where, name, told in (
+        (LLaST, "from_pretrained", "out of memory while loading the model; a smaller one needs"),
+        (translate, "beam_search", "out of memory on one clip at a time; fewer --beams or --max"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, too_much)
+            code, _, err = command(*quick, clips / "good0.wav")
+        assert code == 2 and told in err and "80 GiB" in err
+
+
+def test_a_model_with_weights_that_are_no_numbers_is_not_listened_to(model, clips):
+    with torch.no_grad():
+        model.projector.model[4].bias[0] = torch.nan
+    with pytest.raises(ValueError, match="answers with NaN; its weights are damaged"):
+        translate.translate(model, good(clips))
+
+
+def test_the_end_counts_as_a_token_where_there_is_one(model, clips):
+    [short] = translate.translate(model, good(clips)[:1], max_new_tokens=2, beams=1)
+    assert short.tokens == 2 and model.tokenizer.eos_id not in model.tokenizer.encode(short.text)
+
+
+def test_a_name_too_long_for_a_file_is_one_bad_clip(command, quick, clips):
+    name = "x" * 300 + ".wav"
+    code, lines, err = command(*quick, name, clips / "good0.wav")
+    assert (code, len(lines), err) == (1, 1, f"{name}: no such file\n")
+
+
+def test_all_is_looked_up_before_the_first_clip_is_translated(
+    command, quick, made, clips, tmp_path, monkeypatch
+):
+    folder = tmp_path / "fr"
+    shutil.copytree(clips, folder / "clips")
+    (folder / "validated.tsv").write_text("path\tsentence\ngood0.wav\tun\n")
+    table = "path\ttranslation\tsplit\ngood0.wav\tone\ttest\nlost.wav\ttwo\ttest\n"
+    (folder / "covost_v2.fr_en.tsv").write_text(table)
+    tests = [*quick, "--test", "fr", "--data", tmp_path]
+    code, _, err = command(*tests)
+    assert code == 0 and "lost.wav (not in validated.tsv)" in err, "the score is of fewer clips"
+    assert "1 row of the fr-en corpus cannot be used" in err
+
+    monkeypatch.setattr(translate, "translate", None)
+    for arguments, answer in (
+        ([*tests, tmp_path / "list.txt"], "list.txt: no such file"),
+        ([*tests, clips, "--lang", "de"], "was not trained on 'de'"),
+    ):
+        code, _, err = command(*arguments)
+        assert code == 2 and answer in err
+    written = made / "trained" / "scored.st.fr-en.tsv"
+    written.unlink()
+    written.mkdir()
+    code, _, err = command(*tests)
+    written.rmdir()
+    assert code == 2 and "Is a directory" in err and "scored.st.fr-en.tsv" in err
+
+
 def test_mistakes_are_answered_with_what_to_do_and_exit_code_2(command, quick, clips, made):
     clip = clips / "good0.wav"
     save_model(made, made / "two", ("de-en", "fr-en"))
     empty = made / "empty.txt"
     empty.write_text("\n\n")
+    latin = made / "latin.txt"
+    latin.write_bytes("été.wav".encode("latin-1"))
     for arguments, answer in (
         ([], "nothing to do: name audio files"),
         (["--model", clips, clip], f"{clips} is no saved LLaST: it has no llast.json"),
@@ -708,6 +770,11 @@ def test_mistakes_are_answered_with_what_to_do_and_exit_code_2(command, quick, c
         ([*quick, made / "trained"], "holds no .wav"),
         ([*quick, made / "list.txt"], "list.txt"),
         ([*quick, empty], "names no clip"),
+        ([*quick, latin], "latin.txt is not in UTF-8"),
+        ([*quick, "--lang", "fr,de", clip], "all audio files are in one direction"),
+        ([*quick, "--lang", "en", "--task", "asr", clip], "was not trained on 'en'; it knows fr"),
+        ([*quick, "--length-penalty", 1000, clip], "--length-penalty is 1000.0; expected -10 to"),
+        ([*quick, "--length-penalty", "nan", clip], "--length-penalty is nan; expected -10 to"),
     ):
         code, lines, err = command(*arguments)
         assert (code, lines) == (2, []), arguments
