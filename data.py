@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 SAMPLE_RATE = 16_000  # samples a second
 MAX_SECONDS = 30  # Whisper's window; a longer clip has no place in it
+MAX_PEAK = 32  # times full scale: 30 dB more than any recording should have
 STATES_PER_SECOND = 50  # what Whisper's encoder makes of a second
 
 LANGUAGES = {  # Common Voice's codes and the names that the prompt uses
@@ -121,10 +122,6 @@ def open_audio(path: Path) -> soundfile.SoundFile:
         raise AudioError(path, "not readable as audio (it has no header)") from error
     if file.frames > 1 << 40:  # what a FLAC that was streamed says of itself
         raise AudioError(path, "its header does not say how long it is; convert it once more")
-    if not file.seekable():  # old telephone formats
-        raise AudioError(
-            path, f"{file.format} cannot be read as a whole; convert it to wav or flac"
-        )
     return file
 
 
@@ -140,7 +137,7 @@ def load_audio(path) -> Tensor:
     with open_audio(path) as file:
         promised, rate = file.frames, file.samplerate
         try:
-            samples = file.read(dtype="float32", always_2d=True)
+            samples = file.read(promised, "float32", always_2d=True)
         except soundfile.LibsndfileError as error:
             raise AudioError(path, f"not readable as audio ({error.error_string})") from error
     audio = torch.from_numpy(samples).mean(dim=1)  # (N,)
@@ -150,6 +147,8 @@ def load_audio(path) -> Tensor:
         raise AudioError(path, f"cut short, {len(audio)} of {promised} samples are there")
     if not audio.isfinite().all():
         raise AudioError(path, "the clip holds samples that are not numbers (NaN or infinite)")
+    if (peak := audio.abs().max()) > MAX_PEAK:  # floats that stand for 16-bit integers, say
+        raise AudioError(path, f"its samples reach {peak:.0f}; full scale is 1")
     return resample(audio, rate, SAMPLE_RATE)
 
 
@@ -316,7 +315,11 @@ def text_problem(translation: str) -> str:
     return "REMOVE" if re.search(r"\bREMOVE\b", translation) else ""  # CoVoST-2's own mark
 
 
-def join_covost(spoken: Path, translated: Path) -> tuple[list[Entry], dict[str, list[str]]]:
+# What is left out of a corpus, by reason: the split that each row asked for, and the row in words.
+LeftOut = dict[str, list[tuple[str, str]]]
+
+
+def join_covost(spoken: Path, translated: Path) -> tuple[list[Entry], LeftOut]:
     """Sentences and translations joined on path as get_covost_splits.py does, and what is left.
 
     Of CoVoST-2's extended splits only that of train is used; a path that comes again counts once,
@@ -331,19 +334,20 @@ def join_covost(spoken: Path, translated: Path) -> tuple[list[Entry], dict[str, 
         split = "train" if row["split"] == "train_covost" else row["split"]
         if split not in SPLITS:
             reason = UNUSED_SPLIT if split in ("dev_covost", "test_covost") else "unknown split"
-            left_out[reason].append(f"{where}: {path}: {split}")
+            left_out[reason].append((split, f"{where}: {path}: {split}"))
         elif path not in sentences:
-            left_out[f"not in {spoken.name}"].append(f"{where}: {path}")
+            left_out[f"not in {spoken.name}"].append((split, f"{where}: {path}"))
         else:
             entry = Entry(where, path, sentences[path], row["translation"], split)
             add_once(entry, entries, left_out)
     return list(entries.values()), left_out
 
 
-def add_once(entry: Entry, entries: dict[str, Entry], left_out: dict[str, list[str]]):
+def add_once(entry: Entry, entries: dict[str, Entry], left_out: LeftOut):
     first = entries.setdefault(entry.path, entry)
     if first is not entry:
-        left_out["path twice"].append(f"{entry.where}: {entry.path}: first in {first.where}")
+        again = f"{entry.where}: {entry.path}: first in {first.where}"
+        left_out["path twice"].append((entry.split, again))
 
 
 def corpus_languages(root) -> list[str]:
@@ -351,8 +355,10 @@ def corpus_languages(root) -> list[str]:
     return sorted(p.parent.name for p in Path(root).glob("*/validated.tsv"))
 
 
-def read_corpus(root, source: str, target: str) -> tuple[dict[str, list[Row]], list[str]]:
-    """All rows of one direction by split ("train", "dev", "test"), and which clips are unusable.
+def read_corpus(
+    root, source: str, target: str
+) -> tuple[dict[str, list[Row]], list[tuple[str, str]]]:
+    """The rows of one direction by split, and split and reason of each that cannot be used.
 
     root/SOURCE holds clips/, validated.tsv (path, sentence) and covost_v2.SOURCE_TARGET.tsv (path,
     translation, split).
@@ -370,11 +376,13 @@ def read_corpus(root, source: str, target: str) -> tuple[dict[str, list[Row]], l
     entries, left_out = join_covost(spoken, translated)
     splits = {split: [] for split in SPLITS}
     del left_out[UNUSED_SPLIT]
-    unusable = [f"{row} ({reason})" for reason, rows in left_out.items() for row in rows]
+    unusable = [
+        (split, f"{row} ({reason})") for reason, rows in left_out.items() for split, row in rows
+    ]
     for entry in entries:
         path = clip_path(clips, entry.path, entry.where)
         if problem := text_problem(entry.translation):  # nothing to learn, nothing to score against
-            unusable.append(f"{path}: {problem} ({entry.where})")
+            unusable.append((entry.split, f"{path}: {problem} ({entry.where})"))
             continue
         try:
             seconds = audio_seconds(path)
@@ -382,7 +390,7 @@ def read_corpus(root, source: str, target: str) -> tuple[dict[str, list[Row]], l
             if not (0 < seconds <= MAX_SECONDS or seconds and in_pieces):
                 raise AudioError(path, f"{seconds:.1f} s long, not within 0 to {MAX_SECONDS}")
         except AudioError as error:
-            unusable.append(str(error))
+            unusable.append((entry.split, str(error)))
             if entry.split != "test":
                 continue
             seconds = 0.0  # a test clip stays: leaving it out would make the score another one
@@ -689,7 +697,7 @@ def read_fleurs(args: argparse.Namespace, source: str, tables: list[Path]):
                 entry = Entry(where, path, row["raw_transcription"], text, split)
                 add_once(entry, entries, left_out)
             else:
-                left_out["no translation"].append(f"{where}: {path}: id {row['id']}")
+                left_out["no translation"].append((split, f"{where}: {path}: id {row['id']}"))
     return list(entries.values()), left_out, ""
 
 
@@ -709,14 +717,14 @@ def read_table(args: argparse.Namespace, source: str, tables: list[Path]):
         if split not in SPLITS:
             raise ValueError(f"{where}: the split is {split!r}; expected {', '.join(SPLITS)}")
         if row.get("lang", source) != source:
-            left_out["other language"].append(f"{where}: {path}: {row['lang']}")
+            left_out["other language"].append((split, f"{where}: {path}: {row['lang']}"))
         else:
             entry = Entry(where, path, row.get("sentence", ""), row["translation"], split)
             add_once(entry, entries, left_out)
     used = {entry.split for entry in entries.values()}
     if not used:
-        others = ", ".join(sorted({row["lang"] for row in rows.values() if "lang" in row}))
-        found = f"its column lang holds {others}" if others else "it holds no rows"
+        others = ", ".join(sorted({repr(row["lang"]) for row in rows.values()}))
+        found = f"its column lang holds {others}" if rows else "it holds no rows"
         raise ValueError(f"{args.table} has no row of {source}: {found}")
     if drawn and len(used) < len(SPLITS):
         raise ValueError(
@@ -881,13 +889,13 @@ def prepare(args: argparse.Namespace, source: str, target: str):
     print_report(report, sum(result.was_there for result in results), folder)
 
 
-def new_report(about: dict, tables: list[Path], left_out: dict[str, list[str]]) -> dict:
+def new_report(about: dict, tables: list[Path], left_out: LeftOut) -> dict:
     numbers = {"kept": 0, "hours": 0.0, "without a transcript": 0}
     return about | {
         "tables": {str(t): hashlib.sha256(t.read_bytes()).hexdigest() for t in tables},
         "splits": {s: numbers | {"left out": {}, "kept in spite of": {}} for s in SPLITS},
         "in no split": {reason: len(rows) for reason, rows in left_out.items()},
-        "examples": {reason: rows[:5] for reason, rows in left_out.items() if rows},
+        "examples": {why: [row for _, row in rows[:5]] for why, rows in left_out.items() if rows},
     }
 
 

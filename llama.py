@@ -402,11 +402,14 @@ def join_meta(name: str, parts: list[dict[str, Tensor]], Dh: int) -> tuple[str, 
 
 
 def read_json(path: Path) -> dict:
-    """What a JSON file holds; what is none is an error that names the file."""
+    """The object that a JSON file holds; what is none is an error that names the file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object but {found!r:.40}")
+    return found
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -274,7 +275,7 @@ def check_bases(config: LLaSTConfig, fingerprints: dict[str, str], where: Path):
                 f"{where} was trained on the {name} in {base}, which is not there; "
                 f"say where it is now with --{name} PATH"
             )
-        found = fingerprint(base.resolve())
+        found = fingerprint(base.resolve(), name)
         if found != wanted:
             raise ValueError(
                 f"{where} was trained on another {name} than the one in {base}: "
@@ -283,19 +284,21 @@ def check_bases(config: LLaSTConfig, fingerprints: dict[str, str], where: Path):
 
 
 def fingerprints_of(config: LLaSTConfig) -> dict[str, str]:
-    return {name: fingerprint(Path(getattr(config, name)).resolve()) for name in ("encoder", "llm")}
+    bases = {"encoder": config.encoder, "llm": config.llm}
+    return {kind: fingerprint(Path(base).resolve(), kind) for kind, base in bases.items()}
 
 
 @lru_cache
-def fingerprint(base: Path) -> str:
-    """SHA-256 of what a base computes with: configuration, weights, tokenizer."""
-    about = "config.json", "params.json", "tokenizer.model", "added_tokens.json"
+def fingerprint(base: Path, kind: str) -> str:
+    """SHA-256 of what is read of a base: configuration, weights, of an LLM the tokenizer."""
     if base.is_file():
         files = [base]
-    else:  # from_pretrained prefers Hugging Face's files to Meta's
-        hugging_face = (base / "config.json").is_file()
-        weights = [] if hugging_face else list(base.glob("consolidated.*.pth"))
-        files = weights or weight_files(base)
+    else:  # Hugging Face's files go before Meta's
+        meta = not (base / "config.json").is_file() and list(base.glob("consolidated.*.pth"))
+        about = ["params.json" if meta else "config.json"]
+        if kind == "llm":
+            about += ["tokenizer.model", "added_tokens.json"]
+        files = meta or weight_files(base)
         files += [base / name for name in about if (base / name).is_file()]
     digest = hashlib.sha256()
     for file in sorted(files):
@@ -473,16 +476,15 @@ def main() -> int:
     try:
         if args.out.exists():
             raise ValueError(f"{args.out} is there already; name another folder with --out")
-        if args.verb == "export":
-            model = LLaST.from_pretrained(args.model, args.encoder, args.llm)
-            try:
-                export(model, args.out)
-            except BaseException:  # half of it could pass for the whole
-                shutil.rmtree(args.out, ignore_errors=True)
-                raise
-        else:
-            import_trained(args).save_pretrained(args.out)
-    except (ValueError, OSError) as error:
+        try:
+            if args.verb == "export":
+                export(LLaST.from_pretrained(args.model, args.encoder, args.llm), args.out)
+            else:
+                import_trained(args).save_pretrained(args.out)
+        except BaseException:  # half of it could pass for the whole
+            shutil.rmtree(args.out, ignore_errors=True)
+            raise
+    except (ValueError, OSError, SafetensorError) as error:
         print(f"llast.py: {error}", file=sys.stderr)
         return 2
     print(f"written to {args.out}: {', '.join(sorted(p.name for p in args.out.iterdir()))}")

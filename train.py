@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from data import TEMPLATES, Batch, Batches, Row, every_nth, parse_directions, read_corpus
@@ -564,10 +565,10 @@ def train(model: LLaST, batches: Batches, dev: Batches, settings: Preset, out: P
                     loss.backward()
                 total += loss.item()
             grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0).item()
-            if not math.isfinite(grad_norm):  # a step would make every weight NaN
+            if not math.isfinite(grad_norm):  # a step would make NaN of weights
                 raise ValueError(
-                    f"step {done + 1} has a loss of {total} and a gradient of length {grad_norm}; "
-                    f"a smaller --lr may help. {saved_in(out)}"
+                    f"step {done + 1} has a loss of {total:.4g} and a gradient of length "
+                    f"{grad_norm:.4g}; a smaller --lr may help. {saved_in(out)}"
                 )
             lr = schedule.get_last_lr()[0]
             with phase("in a step of the optimizer", SMALLER):
@@ -677,7 +678,8 @@ def run(args: argparse.Namespace) -> int:
             finish(model, splits["test"], settings, out, began)
     except KeyboardInterrupt:
         if not (out / "log.jsonl").stat().st_size:
-            raise  # nothing has been learnt so far
+            print("\nstopped before the first step; nothing is saved", file=sys.stderr)
+            return 130
         print("\nstopped by Ctrl-C; saving what has been learnt so far")
         model.save_pretrained(out)
         print(f"it is in {short(out)}, without test scores. Try:")
@@ -691,10 +693,10 @@ def main() -> int:
     try:
         return run(args)
     except KeyboardInterrupt:
-        print("\nstopped before the first step", file=sys.stderr)
+        print("\nstopped", file=sys.stderr)
         return 130
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
+        tqdm.write(f"train.py: {error}", file=sys.stderr)  # there may be a bar on this line
         return 2
 
 

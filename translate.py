@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -35,6 +35,7 @@ except ImportError:  # not on Windows; there the memory of a process stays unkno
 from data import (
     MAX_SECONDS,
     SAMPLE_RATE,
+    SPLITS,
     AudioError,
     Row,
     audio_seconds,
@@ -271,7 +272,7 @@ def answers_to(model: LLaST, ids: Tensor, heard: list, embed, search: tuple) -> 
         prompts = [model.splice(ids, x) for x in embed(heard)]
         found = beam_search(model.llm, prompts, sorted(ends), *search)
         if not all(found):
-            raise ValueError("the model answers with NaN; its weights are damaged")
+            raise ValueError("the model answers with NaN: are its weights whole?")
         return [
             [Answer(model.tokenizer.decode(h.ids), round(h.score, 4), h.length) for h in best]
             for best in found
@@ -501,14 +502,19 @@ def error_rates(hypotheses: list[str], references: list[str], language: str) -> 
     }
 
 
-def read_splits(corpus: Path, source: str, target: str) -> dict[str, list[Row]]:
-    """The rows of a direction by split; those that cannot be used are counted, the first named."""
+def read_splits(corpus: Path, source: str, target: str, asked=SPLITS) -> dict[str, list[Row]]:
+    """The rows of a direction by split; what of those `asked` for cannot be used is told.
+
+    A row with a misspelt split could have belonged to any, so it always is.
+    """
     splits, unusable = read_corpus(corpus, source, target)
-    for reason in unusable[:5]:
-        print(f"cannot be used: {reason}", file=sys.stderr)
-    if n := len(unusable):
-        what = f"{n} row{'s'[: n > 1]} of the {source}-{target} corpus cannot be used"
-        print(f"{what}; the first are above", file=sys.stderr)
+    told = [(s, reason) for s, reason in unusable if s in asked or s not in SPLITS]
+    for split, reason in told[:5]:
+        print(f"cannot be used for {split}: {reason}", file=sys.stderr)
+    if told:
+        numbers = Counter(split for split, _ in told).items()
+        what = ", ".join(f"{n} row{'s'[: n > 1]} of {split}" for split, n in numbers)
+        print(f"{source}-{target}: {what} cannot be used, see above", file=sys.stderr)
     return splits
 
 
@@ -719,6 +725,14 @@ def tsv_of(folder: Path, task: str, name: str) -> Path:
     return folder / f"scored.{task}.{name}.tsv"
 
 
+def must_be_writable(file: Path):
+    """An error if not; the file is as it was before, or is not there as before."""
+    was_there = file.exists()
+    file.open("a").close()
+    if not was_there:
+        file.unlink()
+
+
 def run_tests(model: LLaST, args, folder: Path, how: dict, meter) -> list[Translation]:
     """Score the test sets that --test names. -> what came of their clips"""
     corpus = args.data or corpus_of(folder)
@@ -728,11 +742,12 @@ def run_tests(model: LLaST, args, folder: Path, how: dict, meter) -> list[Transl
         choose_direction(model, name, folder, args.task)  # or an error
         if name in tests:
             continue  # a language is transcribed once, whatever it is translated into
-        rows = read_splits(corpus, source, target)["test"]
+        rows = read_splits(corpus, source, target, asked=["test"])["test"]
         if not rows:
             raise ValueError(f"the {source}-{target} corpus in {corpus} has no test clips")
         tests[name] = rows_with_reference(rows, args.task)
-        tsv_of(folder, args.task, name).open("a").close()  # it can be written
+    for name in tests:
+        must_be_writable(tsv_of(folder, args.task, name))
     print(f"the corpus: {corpus}", file=sys.stderr)
     scores, everything = {}, []
     for name, rows in tests.items():
@@ -803,7 +818,7 @@ def run(args: argparse.Namespace) -> int:
     how = {name: getattr(args, name) for name in ("beams", "length_penalty", "max_new_tokens")}
     how["batch_size"] = args.batch
     meter = Meter(model) if args.stats else nullcontext()
-    with phase("on one clip at a time", "fewer --beams or --max-new-tokens need less"):
+    with phase("even with one clip at a time", "fewer --beams or --max-new-tokens need less"):
         everything = run_tests(model, args, folder, how, meter) if args.test else []
         if paths:
             how |= {"n_best": args.n_best, "progress": len(paths) > args.batch}

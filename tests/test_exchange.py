@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import llast
@@ -190,9 +191,8 @@ def test_what_is_there_is_not_written_over(bases, monkeypatch, capsys):
     assert "llama is there already; name another folder" in capsys.readouterr().err
 
 
-def test_tied_tensors_of_a_bin_file_are_written_each(bases, monkeypatch):
+def test_tied_tensors_of_a_bin_file_are_written_each(bases):
     model = trained_model(bases)
-    model.save_pretrained(bases / "run")
     file = bases / "whisper" / "model.safetensors"
     stored = load_file(file)
     stored["proj_out.weight"] = stored["model.encoder.layer_norm.weight"]  # one memory for both
@@ -204,17 +204,20 @@ def test_tied_tensors_of_a_bin_file_are_written_each(bases, monkeypatch):
     assert torch.equal(written["proj_out.weight"], stored["proj_out.weight"])
 
 
-def test_an_export_that_fails_leaves_nothing(bases, monkeypatch, capsys):
+def test_what_fails_half_way_leaves_nothing(bases, monkeypatch, capsys):
     trained_model(bases).save_pretrained(bases / "run")
+    llast.export(trained_model(bases), bases / "whole")
+    back = ["import", bases / "whole", "--encoder", bases / "whisper", "--llm", bases / "llama"]
 
-    def fail(*_):
-        raise OSError("the disk is full")
+    def fail(tensors, file, *_):
+        raise SafetensorError("I/O error: No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(llast.shutil, "copy", fail)
-        assert command(patch, "export", bases / "run", "--out", bases / "out") == 2
-    assert "llast.py: the disk is full" in capsys.readouterr().err
-    assert not (bases / "out").exists()
+    for words in (["export", bases / "run"], back):
+        with monkeypatch.context() as patch:
+            patch.setattr(llast, "save_file", fail)
+            assert command(patch, *words, "--out", bases / "out") == 2
+        assert capsys.readouterr().err == "llast.py: I/O error: No space left on device\n"
+        assert not (bases / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["llm-lora/adapter_model", "projector", "encoder-lora/adapter"])

@@ -398,8 +398,9 @@ def test_a_tokenizer_that_cannot_begin_or_end_a_text_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ("config.json", "added_tokens.json"))
-def test_a_file_that_is_no_json_is_named(tmp_path, name):
+def test_a_file_that_holds_no_json_object_is_named(tmp_path, name):
     folder = llama_folder(tmp_path / "llama")
-    (folder / name).write_text("{")
-    with pytest.raises(ValueError, match=f"llama/{name} is not JSON"):
-        Tokenizer(folder)
+    for text, message in (("{", "is not JSON"), ("[7]", r"holds no JSON object but \[7\]")):
+        (folder / name).write_text(text)
+        with pytest.raises(ValueError, match=f"llama/{name} {message}"):
+            Tokenizer(folder)

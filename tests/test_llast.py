@@ -377,10 +377,22 @@ def test_the_weights_that_are_compared_are_those_that_are_loaded(tree):
         LLaST.from_pretrained(tree / "run")
 
 
+def test_a_file_that_is_not_read_does_not_count(tree):
+    for file in ("llama/params.json", "whisper/added_tokens.json", "whisper/tokenizer.model"):
+        (tree / file).write_text("{}")
+    llast.fingerprint.cache_clear()
+    LLaST.from_pretrained(tree / "run")
+    (tree / "llama" / "added_tokens.json").write_text('{"<|im_end|>": 7}')
+    llast.fingerprint.cache_clear()
+    with pytest.raises(ValueError, match="was trained on another llm"):
+        LLaST.from_pretrained(tree / "run")
+
+
 def test_a_base_in_one_file_may_have_another_name(tmp_path):
     (tmp_path / "a.pt").write_bytes(b"weights")
     (tmp_path / "b.pt").write_bytes(b"weights")
-    assert llast.fingerprint(tmp_path / "a.pt") == llast.fingerprint(tmp_path / "b.pt")
+    a, b = (llast.fingerprint(tmp_path / name, "encoder") for name in ("a.pt", "b.pt"))
+    assert a == b
 
 
 def test_a_model_merged_for_good_cannot_be_saved(bases, tmp_path):

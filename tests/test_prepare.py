@@ -480,7 +480,7 @@ def test_a_bad_row_is_named_and_nothing_is_written(tmp_path, capsys, row, messag
 def test_a_table_of_other_languages_says_which(tmp_path, capsys):
     write_clip(tmp_path / "audio" / "a.wav")
     write_lines(tmp_path / "mine.tsv", "path\ttranslation\tlang", "a.wav\tx\twelsh")
-    assert "no row of cy: its column lang holds welsh" in refused(capsys, *table_flags(tmp_path))
+    assert "no row of cy: its column lang holds 'welsh'" in refused(capsys, *table_flags(tmp_path))
 
 
 def test_what_is_missing_is_named_before_any_work(common_voice, capsys):

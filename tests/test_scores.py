@@ -275,7 +275,7 @@ def test_error_rates_of_several_languages_are_a_table_too(command, says, tmp_pat
     assert lines[0].split() == ["direction", "clips", "failed", "WER", "CER"]
     assert [line.split()[0] for line in lines[1:3]] == ["de", "en"], "English once"
     assert lines[2].split() == ["en", "3", "0", "0.0", "0.0"]
-    assert [call[:2] for call in says.calls] == [("asr", "de"), ("asr", "en")]
+    assert [call[:3] for call in says.calls] == [("asr", "de", "en"), ("asr", "en", "zh-CN")]
     assert lines[3].startswith("average of 2") and lines[4].startswith("de, en: case:mixed|punct")
     assert read_table(tmp_path / "scored.asr.en.tsv")[1][:3] == ["en0.mp3", "dit en 0", "dit en 0"]
 

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import data
+import llast
 import train
 from data import Batch, Row
 from llast import LLaST
@@ -150,6 +152,7 @@ def test_a_folder_with_a_model_or_with_other_files_is_refused_and_left_alone(
         (("--lr", "nan"), "--lr is nan; it has to be a number above 0"),
         (("--asr", 2, "--plan"), "--asr is 2.0; it is a share"),
         (("--out", __file__), "is no run of this program"),
+        (("--out", f"{__file__}/run", "--clips", 1), "Not a directory"),
     ],
 )
 def test_what_cannot_be_done_is_said(monkeypatch, tmp_path, capsys, flags, message):
@@ -192,15 +195,18 @@ def test_out_of_memory_names_the_flags_that_help(monkeypatch, corpus, tmp_path, 
         assert phase in told and flag in told and "80 GiB" in told
 
 
+@pytest.mark.parametrize(
+    ("times", "found"), [(math.nan, "has a loss of nan"), (1e30, "a gradient of length inf")]
+)
 def test_a_gradient_that_is_no_number_stops_the_run_before_it_reaches_the_model(
-    monkeypatch, corpus, tmp_path, capsys
+    monkeypatch, corpus, tmp_path, capsys, times, found
 ):
     out, forward, steps = tmp_path / "run", LLaST.forward, []
 
     def diverge(model, batch):
         steps.append(model.training)
         loss = forward(model, batch)
-        return loss * math.nan if sum(steps) == per_epoch + 1 else loss
+        return loss * times if sum(steps) == per_epoch + 1 else loss
 
     assert run(monkeypatch, *flags_for(corpus, tmp_path / "whole")) == 0
     log = (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
@@ -209,7 +215,8 @@ def test_a_gradient_that_is_no_number_stops_the_run_before_it_reaches_the_model(
     flags = *flags_for(corpus, out), "--epochs", 2, "--schedule", "cosine"
     assert run(monkeypatch, *flags) == 2
     told = capsys.readouterr().err
-    assert f"step {per_epoch + 1} has a loss of nan" in told and "a smaller --lr may help" in told
+    assert f"step {per_epoch + 1} has" in told and found in told
+    assert "a smaller --lr may help" in told
     assert "The model of the last whole epoch is in" in told
     assert all(tensor.isfinite().all() for tensor in LLaST.from_pretrained(out).trained().values())
     assert "NaN" not in (out / "log.jsonl").read_text()
@@ -218,6 +225,15 @@ def test_a_gradient_that_is_no_number_stops_the_run_before_it_reaches_the_model(
     steps.clear()
     assert run(monkeypatch, *flags_for(corpus, tmp_path / "first")) == 2
     assert "No model is saved" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_written_is_told(monkeypatch, corpus, tmp_path, capsys):
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(llast, "save_file", full)
+    assert run(monkeypatch, *flags_for(corpus, tmp_path / "run")) == 2
+    assert "train.py: I/O error: No space left" in capsys.readouterr().err
 
 
 def test_dev_clips_that_cannot_be_read_are_told(monkeypatch, corpus, tmp_path, capsys):
@@ -318,7 +334,7 @@ def test_ctrl_c_before_the_first_step_leaves_no_model(monkeypatch, corpus, tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(train, "train", stop)
         assert run(patch, *flags) == 130
-    assert capsys.readouterr().err == "\nstopped before the first step\n"
+    assert capsys.readouterr().err == "\nstopped before the first step; nothing is saved\n"
     assert not (tmp_path / "run" / "llast.json").exists()
     assert run(monkeypatch, *flags) == 0, "the same command starts it again"
 

@@ -692,7 +692,11 @@ def test_a_lack_of_memory_is_told_with_where_it_came(command, quick, clips, monk
 
     for where, name, told in (
         (LLaST, "from_pretrained", "out of memory while loading the model; a smaller one needs"),
-        (translate, "beam_search", "out of memory on one clip at a time; fewer --beams or --max"),
+        (
+            translate,
+            "beam_search",
+            "out of memory even with one clip at a time; fewer --beams or --max",
+        ),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(where, name, too_much)
@@ -703,13 +707,17 @@ def test_a_lack_of_memory_is_told_with_where_it_came(command, quick, clips, monk
 def test_a_model_with_weights_that_are_no_numbers_is_not_listened_to(model, clips):
     with torch.no_grad():
         model.projector.model[4].bias[0] = torch.nan
-    with pytest.raises(ValueError, match="answers with NaN; its weights are damaged"):
+    with pytest.raises(ValueError, match="answers with NaN: are its weights whole"):
         translate.translate(model, good(clips))
 
 
-def test_the_end_counts_as_a_token_where_there_is_one(model, clips):
-    [short] = translate.translate(model, good(clips)[:1], max_new_tokens=2, beams=1)
-    assert short.tokens == 2 and model.tokenizer.eos_id not in model.tokenizer.encode(short.text)
+def test_the_end_counts_as_a_token_where_there_is_one(model, clips, monkeypatch):
+    for most in (1, 2, 40):
+        [found] = translate.translate(model, good(clips)[:1], max_new_tokens=most, beams=1)
+        assert found.tokens == most, "it never ends by itself"
+    monkeypatch.setattr(model.tokenizer, "eos_ids", [*range(1300)])
+    [found] = translate.translate(model, good(clips)[:1], max_new_tokens=most, beams=1)
+    assert (found.tokens, found.text) == (1, ""), "the end alone"
 
 
 def test_a_name_too_long_for_a_file_is_one_bad_clip(command, quick, clips):
@@ -725,11 +733,17 @@ def test_all_is_looked_up_before_the_first_clip_is_translated(
     shutil.copytree(clips, folder / "clips")
     (folder / "validated.tsv").write_text("path\tsentence\ngood0.wav\tun\n")
     table = "path\ttranslation\tsplit\ngood0.wav\tone\ttest\nlost.wav\ttwo\ttest\n"
+    table += "good1.wav\tthree\ttset\ngone.wav\tfour\ttrain\n"
     (folder / "covost_v2.fr_en.tsv").write_text(table)
     tests = [*quick, "--test", "fr", "--data", tmp_path]
     code, _, err = command(*tests)
-    assert code == 0 and "lost.wav (not in validated.tsv)" in err, "the score is of fewer clips"
-    assert "1 row of the fr-en corpus cannot be used" in err
+    assert code == 0, err
+    told = [line for line in err.splitlines() if "cannot be used" in line]
+    assert len(told) == 3, "that of train is no matter here"
+    assert told[0].startswith("cannot be used for tset: ") and "(unknown split)" in told[0]
+    assert told[1].startswith("cannot be used for test: ")
+    assert told[1].endswith("lost.wav (not in validated.tsv)")
+    assert told[2] == "fr-en: 1 row of tset, 1 row of test cannot be used, see above"
 
     monkeypatch.setattr(translate, "translate", None)
     for arguments, answer in (
@@ -739,7 +753,11 @@ def test_all_is_looked_up_before_the_first_clip_is_translated(
         code, _, err = command(*arguments)
         assert code == 2 and answer in err
     written = made / "trained" / "scored.st.fr-en.tsv"
+    assert written.read_text().count("\n") == 2, "what was there is still there"
     written.unlink()
+    with pytest.raises(TypeError):  # where the first clip would be translated
+        command(*tests)
+    assert not written.exists()
     written.mkdir()
     code, _, err = command(*tests)
     written.rmdir()
