@@ -21,7 +21,7 @@ TINY = Path(__file__).parent
 CORPUS = TINY / "corpus"
 SEED = 2407
 SIZES = {  # clips
-    "fr": {"test": 200, "dev": 80, "train": 1400},
+    "fr": {"test": 200, "dev": 80, "train": 1360},
     "de": {"test": 100, "dev": 40, "train": 480},
     "es": {"test": 100, "dev": 40, "train": 480},
 }

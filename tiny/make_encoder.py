@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from make_corpus import CORPUS, distinct, held_out_texts
-from speak import recording, write_opus
+from speak import make_room_for_inventions, recording, write_opus
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from data import group, load_audio, read_corpus  # noqa: E402
@@ -33,9 +33,12 @@ from whisper_encoder import WhisperConfig, WhisperEncoder, clip_to_mel  # noqa: 
 
 TINY = Path(__file__).parent
 FOLDER, SPEECH = TINY / "whisper", TINY / "build"
-LANGUAGES = ("fr", "de", "es")
 SEED = 2
-CLIPS = 7000  # of each language
+# Clips of each language by who speaks: voices of espeak-ng, or a voice made up for each clip.
+CLIPS = {
+    "pretrain": {"fr": 7000, "de": 7000, "es": 7000},
+    "invented": {"fr": 9000, "de": 5000, "es": 5000},
+}
 CONFIG = {
     "architectures": ["WhisperModel"],
     "model_type": "whisper",
@@ -50,18 +53,22 @@ CONFIG = {
     "torch_dtype": "float16",
 }
 BUDGET = 3200  # states in a batch
-# Two legs: epochs, first and last learning rate, and how much is hidden from it.
-LEGS = ((4, 2e-3, 4e-4, 2), (4, 1.2e-3, 0.0, 1))
+# Three legs: who speaks, epochs, first and last learning rate, and how much is hidden from it.
+LEGS = (
+    ("pretrain", 4, 2e-3, 4e-4, 2),
+    ("pretrain", 4, 1.2e-3, 0.0, 1),
+    ("invented", 8, 1.2e-3, 0.0, 1),
+)
 
 Clip = tuple[Tensor, list[int]]  # log-mel (M, 2S) in half precision, and the pieces spoken
 
 
 def listen(job) -> Tensor:
     """Speak one sentence, a quarter of the time through the corpus's codec. -> (M, 2S)"""
-    text, language, seed = job
+    text, language, voices, seed = job
     torch.set_num_threads(1)
     rng = random.Random(seed)
-    audio, _ = recording(text, language, "pretrain", rng)
+    audio, _ = recording(text, language, voices, rng)
     if rng.random() < 0.25:
         file = io.BytesIO()
         write_opus(file, audio)
@@ -70,19 +77,26 @@ def listen(job) -> Tensor:
     return clip_to_mel(audio, CONFIG["num_mel_bins"], "clip").half()
 
 
-def make_speech(language: str):
-    """CLIPS clips of one language into a file, so that training can be repeated without them."""
-    fresh = distinct(random.Random(f"{SEED} {language}"), held_out_texts())
-    texts = [next(fresh)[language] for _ in range(CLIPS)]
-    jobs = [(text, language, f"{SEED} {language} {i}") for i, text in enumerate(texts)]
-    with Pool() as pool:
-        mels = pool.map(listen, jobs, chunksize=32)
+def speech(voices: str, tokenizer: Tokenizer) -> list[Clip]:
+    """CLIPS of these voices; kept in files, so that training can be repeated without espeak-ng."""
     SPEECH.mkdir(exist_ok=True)
-    torch.save((mels, texts), SPEECH / f"{language}.pt")
-    print(
-        f"{language}: {len(texts)} clips, {sum(m.shape[1] for m in mels) / 6000:.0f} minutes",
-        flush=True,
-    )
+    make_room_for_inventions()
+    clips: list[Clip] = []
+    for language, size in CLIPS[voices].items():
+        file = SPEECH / f"{voices}_{language}.pt"
+        if not file.exists():
+            seed = f"{SEED} {voices} {language}"
+            fresh = distinct(random.Random(seed), held_out_texts())
+            texts = [next(fresh)[language] for _ in range(size)]
+            jobs = [(text, language, voices, f"{seed} {i}") for i, text in enumerate(texts)]
+            with Pool() as pool:
+                mels = pool.map(listen, jobs, chunksize=32)
+            torch.save((mels, texts), file)
+            minutes = sum(mel.shape[1] for mel in mels) / 6000
+            print(f"{voices} {language}: {size} clips, {minutes:.0f} minutes", flush=True)
+        mels, texts = torch.load(file, weights_only=True)
+        clips += [(mel, tokenizer.encode(text)) for mel, text in zip(mels, texts, strict=True)]
+    return clips
 
 
 def dev_clips(language: str, tokenizer: Tokenizer) -> list[Clip]:
@@ -149,10 +163,10 @@ def new_encoder() -> WhisperEncoder:
     return encoder
 
 
-def train_leg(leg: int, encoder: WhisperEncoder, clips: list[Clip], dev: dict[str, list[Clip]]):
+def train_leg(leg: int, encoder: WhisperEncoder, tokenizer: Tokenizer, dev: dict[str, list[Clip]]):
     """A leg of training, with a fresh layer on top that writes pieces down or a blank."""
-    epochs, first_lr, last_lr, masks = LEGS[leg]
-    blank = Tokenizer(TINY / "llama").vocab_size
+    voices, epochs, first_lr, last_lr, masks = LEGS[leg]
+    clips, blank = speech(voices, tokenizer), tokenizer.vocab_size
     head = nn.Linear(CONFIG["d_model"], blank + 1)
 
     def size_of(clip: Clip) -> int:
@@ -172,9 +186,8 @@ def train_leg(leg: int, encoder: WhisperEncoder, clips: list[Clip], dev: dict[st
         losses = []
         for batch in group(clips, size_of, BUDGET, SEED, epoch):
             mel, lengths = pad([mel for mel, _ in batch])
-            with torch.autocast("cpu", torch.bfloat16):
-                states = encoder(spec_augment(mel, masks), lengths)
-            scores = head(states.float()).log_softmax(-1).transpose(0, 1)
+            states = encoder(spec_augment(mel, masks), lengths)
+            scores = head(states).log_softmax(-1).transpose(0, 1)
             pieces = [torch.tensor(pieces) for _, pieces in batch]
             n_pieces = torch.tensor([len(p) for p in pieces])
             loss = F.ctc_loss(
@@ -202,16 +215,10 @@ def train_leg(leg: int, encoder: WhisperEncoder, clips: list[Clip], dev: dict[st
 def main():
     torch.manual_seed(SEED)
     tokenizer = Tokenizer(TINY / "llama")
-    clips: list[Clip] = []
-    for language in LANGUAGES:
-        if not (SPEECH / f"{language}.pt").exists():
-            make_speech(language)
-        mels, texts = torch.load(SPEECH / f"{language}.pt", weights_only=True)
-        clips += [(mel, tokenizer.encode(text)) for mel, text in zip(mels, texts, strict=True)]
-    dev = {language: dev_clips(language, tokenizer) for language in LANGUAGES}
+    dev = {language: dev_clips(language, tokenizer) for language in CLIPS["pretrain"]}
     encoder = new_encoder()
     for leg in range(len(LEGS)):
-        train_leg(leg, encoder, clips, dev)
+        train_leg(leg, encoder, tokenizer, dev)
 
 
 if __name__ == "__main__":

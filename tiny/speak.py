@@ -4,8 +4,12 @@ Used by make_corpus.py and make_encoder.py only; training and translating never 
 No voice of one group is in another, and families of voices (edward, edward2) stay together.
 """
 
+import functools
 import io
+import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,13 +22,14 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from data import SAMPLE_RATE, resample  # noqa: E402
 
-ACCENTS = {"fr": ("fr-fr", "fr-be", "fr-ch"), "de": ("de",), "es": ("es", "es-419")}
+# French is "fr" and not "fr-fr": over an alias espeak-ng lays no variant, and says nothing of it.
+ACCENTS = {"fr": ("fr", "fr-be", "fr-ch"), "de": ("de",), "es": ("es", "es-419")}
 
 VOICES = {  # espeak-ng's variants: the shape of a mouth, laid over any language
     "test": "Andrea Hugo benjamin f2 m3 rob".split(),
     "dev": "Mike linda michel".split(),
     "train": (
-        "Alex Annie Denis Gustave Marco adam aunty f4 m1 m7 marcelo shelby travis victor"
+        "Alex Annie Denis gustave Marco adam aunty f4 m1 m7 marcelo shelby travis victor"
     ).split(),
     "pretrain": (
         "Alicia Andy Diogo Gene Gene2 Henrique Jacky Lee Mario Michael Nguyen anika antonio "
@@ -33,13 +38,72 @@ VOICES = {  # espeak-ng's variants: the shape of a mouth, laid over any language
         "steph steph2 steph3 zac"
     ).split(),
 }
+INVENTED = Path(__file__).parent / "build" / "espeak-ng-data"  # a copy, for variants of our own
+
+
+def make_room_for_inventions():
+    """Copy espeak-ng's data, without its variants: it reads no more than 349 voices in all."""
+    if not INVENTED.exists():
+        version = subprocess.run(["espeak-ng", "--version"], capture_output=True, text=True).stdout
+        shutil.copytree(re.search(r"Data at: (.*)", version)[1].strip(), INVENTED)
+        shutil.rmtree(INVENTED / "voices" / "!v")
+        (INVENTED / "voices" / "!v").mkdir()
+
+
+def invented_voice(rng: random.Random) -> str:
+    """Write a variant with a throat, a mouth and a melody drawn by chance; returns its name."""
+    between, maybe = rng.uniform, lambda share: rng.random() < share
+    low = between(60, 210)
+    size = between(90, 114) if low < 150 else between(97, 120)  # a high voice has a short throat
+    lines = ["language variant", f"pitch {low:.0f} {low * between(1.15, 1.7):.0f}"]
+    for i in range(9):
+        place, strength, width = size * between(0.95, 1.05), between(60, 130), between(60, 160)
+        lines.append(f"formant {i} {place:.0f} {strength:.0f} {width:.0f}")
+    lines.append(f"voicing {between(50, 180):.0f}")
+    lines.append(f"consonants {between(50, 130):.0f} {between(50, 130):.0f}")
+    lines.append(f"flutter {rng.randint(0, 6)}")
+    lines.append(f"roughness {rng.randint(0, 4)}")
+    if maybe(0.3):
+        lines.append(f"echo {rng.randint(20, 140)} {rng.randint(5, 15)}")
+    if maybe(0.3):
+        lines.append("breath 0" + "".join(f" {rng.randint(0, 6)}" for _ in range(7)))
+    if maybe(0.5):
+        bands = ((hz * between(0.7, 1.3), between(40, 255)) for hz in (150, 600, 1500, 3000))
+        lines.append("tone" + "".join(f" {hz:.0f} {height:.0f}" for hz, height in bands))
+    if maybe(0.25):
+        lines.append(f"klatt {rng.randint(1, 6)}")
+    if maybe(0.5):
+        lines.append(f"intonation {rng.randint(1, 4)}")
+    for name, usual, spread in (
+        ("stressAdd", (0, 0, 0, 0, 0, 0, 20, 60), 25),
+        ("stressAmp", (18, 18, 20, 20, 20, 22, 22, 20), 3),
+    ):
+        if maybe(0.5):
+            lines.append(name + "".join(f" {u + rng.randint(-spread, spread)}" for u in usual))
+    name = f"invented{os.getpid()}"  # the next one of this process takes its place
+    (INVENTED / "voices" / "!v" / name).write_text("\n".join(lines) + "\n")
+    return name
+
+
+def espeak(text: str, voice: str, speed: int = 175, pitch: int = 50) -> bytes:
+    """-> a WAV file; voice is accent+variant"""
+    command = ["espeak-ng", "-v", voice, "-s", str(speed), "-p", str(pitch), "--stdout"]
+    if "+invented" in voice:
+        command += ["--path", str(INVENTED.parent)]
+    return subprocess.run([*command, "--", text], capture_output=True, check=True).stdout
+
+
+@functools.cache
+def check_voice(voice: str):
+    """Hear that the variant is there: espeak-ng leaves one that it does not find out."""
+    accent, _, _ = voice.partition("+")
+    if espeak("a e i o u", voice) == espeak("a e i o u", accent):
+        raise ValueError(f"espeak-ng speaks {voice} as it speaks {accent}: the variant is lost")
 
 
 def speak(text: str, voice: str, speed: int, pitch: int) -> Tensor:
     """espeak-ng's speech, without the silence around it. speed in words a minute -> (N,) 16 kHz"""
-    command = ["espeak-ng", "-v", voice, "-s", str(speed), "-p", str(pitch), "--stdout", "--", text]
-    wav = subprocess.run(command, capture_output=True, check=True).stdout
-    samples, rate = soundfile.read(io.BytesIO(wav), dtype="float32")
+    samples, rate = soundfile.read(io.BytesIO(espeak(text, voice, speed, pitch)), dtype="float32")
     loud = np.flatnonzero(np.abs(samples) > 0.01)
     around = rate // 20  # keep 50 ms on either side
     samples = samples[max(0, loud[0] - around) : loud[-1] + around]
@@ -48,8 +112,9 @@ def speak(text: str, voice: str, speed: int, pitch: int) -> Tensor:
 
 def recording(text: str, language: str, group: str, rng: random.Random) -> tuple[Tensor, str]:
     """A clip as a microphone would give it, and the name of its voice. -> (N,) within -1..1"""
-    variant = rng.choice(VOICES[group])
+    variant = invented_voice(rng) if group == "invented" else rng.choice(VOICES[group])
     accent = rng.choice(ACCENTS[language])
+    check_voice(f"{accent}+{variant}")
     audio = speak(text, f"{accent}+{variant}", rng.randint(145, 200), rng.randint(30, 70))
     noise = torch.randn(audio.shape, generator=torch.Generator().manual_seed(rng.getrandbits(40)))
     audio = audio / audio.abs().max() + noise * 10 ** rng.uniform(-3.5, -2)
