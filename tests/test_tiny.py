@@ -1,6 +1,7 @@
-"""The embedded default keeps apart what its README says it keeps apart."""
+"""The embedded default keeps apart what its README says it keeps apart, and stays small."""
 
 import csv
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -8,45 +9,88 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CORPUS = ROOT / "tiny" / "corpus"
-LANGUAGES = sorted(folder.name for folder in CORPUS.iterdir())
+LANGUAGES = ("de", "es", "fr")
 
 
-def table(path: Path) -> dict[str, dict]:
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE, escapechar="\\")
-        return {row["path"]: row for row in rows}
+@pytest.fixture
+def scripts(monkeypatch):
+    """The modules of tiny/, which are scripts beside the library."""
+    monkeypatch.syspath_prepend(ROOT / "tiny")
+    import make_corpus
+    import speak
+
+    return make_corpus, speak
 
 
-def by_split(column: str, languages=LANGUAGES) -> dict[str, set[str]]:
-    """What a column of either table holds in each split."""
+def rows(language: str) -> list[dict[str, str]]:
+    """What both tables say of each clip."""
+    tables = []
+    for name in ("validated.tsv", f"covost_v2.{language}_en.tsv"):
+        with open(CORPUS / language / name, encoding="utf-8", newline="") as file:
+            table = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE, escapechar="\\")
+            tables.append(list(table))
+    spoken = {row["path"]: row for row in tables[0]}
+    assert len(spoken) == len(tables[0]) == len(tables[1])
+    return [spoken[row["path"]] | row for row in tables[1]]
+
+
+def by_split(column: str, languages) -> dict[str, set[str]]:
     found = {"train": set(), "dev": set(), "test": set()}
     for language in languages:
-        spoken = table(CORPUS / language / "validated.tsv")
-        for path, row in table(CORPUS / language / f"covost_v2.{language}_en.tsv").items():
-            found[row["split"]].add((spoken[path] | row)[column])
+        for row in rows(language):
+            found[row["split"]].add(row[column])
     return found
 
 
-@pytest.mark.parametrize("column", ["client_id", "translation"])
-def test_no_voice_and_no_meaning_of_dev_or_test_is_in_training_in_any_language(column):
-    found = by_split(column)
+@pytest.mark.parametrize(
+    "column, languages",
+    [("client_id", LANGUAGES), ("translation", LANGUAGES), *[("sentence", [x]) for x in LANGUAGES]],
+)
+def test_no_voice_and_no_sentence_is_in_two_splits(column, languages):
+    found = by_split(column, languages)
     assert all(found.values())
     assert not found["train"] & (found["dev"] | found["test"])
     assert not found["dev"] & found["test"]
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_every_clip_is_in_the_tables_once_and_every_sentence_in_one_split(language):
-    clips = {path.name for path in (CORPUS / language / "clips").iterdir()}
-    assert clips == table(CORPUS / language / "validated.tsv").keys()
-    assert clips == table(CORPUS / language / f"covost_v2.{language}_en.tsv").keys()
-    found = by_split("sentence", [language])
-    assert not found["train"] & (found["dev"] | found["test"])
+def test_every_clip_is_in_both_tables_once(language):
+    clips = sorted(path.name for path in (CORPUS / language / "clips").iterdir())
+    assert clips == sorted(row["path"] for row in rows(language))
 
 
+def test_the_voices_of_the_corpus_are_those_of_its_splits_and_no_group_shares_one(scripts):
+    _, speak = scripts
+    voices = [voice.lower() for group in speak.VOICES.values() for voice in group]
+    assert len(set(voices)) == len(voices)
+    for split, used in by_split("client_id", LANGUAGES).items():
+        assert used == set(speak.VOICES[split])
+
+
+def test_what_no_pretraining_may_see_is_all_of_dev_and_test(scripts):
+    make_corpus, _ = scripts
+    held_out = make_corpus.held_out_texts()
+    for language in LANGUAGES:
+        for row in rows(language):
+            texts = {row["sentence"], row["translation"]}
+            assert not texts & held_out if row["split"] == "train" else texts <= held_out
+
+
+@pytest.mark.skipif(not shutil.which("espeak-ng"), reason="espeak-ng is not installed")
+def test_a_voice_that_espeak_ng_would_leave_out_is_refused(scripts):
+    _, speak = scripts
+    for lost in ("fr-fr+m3", "fr+Gustave"):
+        with pytest.raises(ValueError, match="the variant is lost"):
+            speak.check_voice(lost)
+    for group in speak.VOICES.values():
+        for voice in group:
+            speak.check_voice(f"fr+{voice}")
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
 def test_the_files_in_git_are_below_30_megabytes():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:
-        pytest.skip("not a git checkout")
     files = [ROOT / name for name in listed.stdout.split("\0") if name]
+    if ROOT / "llast.py" not in files:
+        pytest.skip("not a checkout of this project")
     assert sum(file.stat().st_size for file in files if file.exists()) < 30e6

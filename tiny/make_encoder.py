@@ -16,6 +16,7 @@ import time
 from multiprocessing import Pool
 from pathlib import Path
 
+import numpy as np
 import soundfile
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ from whisper_encoder import WhisperConfig, WhisperEncoder, clip_to_mel  # noqa: 
 TINY = Path(__file__).parent
 FOLDER, SPEECH = TINY / "whisper", TINY / "build"
 SEED = 2
-# Clips of each language by who speaks: voices of espeak-ng, or a voice made up for each clip.
+# Clips of each language by kind of voice: espeak-ng's own, or one invented for each clip.
 CLIPS = {
     "pretrain": {"fr": 7000, "de": 7000, "es": 7000},
     "invented": {"fr": 9000, "de": 5000, "es": 5000},
@@ -53,7 +54,7 @@ CONFIG = {
     "torch_dtype": "float16",
 }
 BUDGET = 3200  # states in a batch
-# Three legs: who speaks, epochs, first and last learning rate, and how much is hidden from it.
+# Three legs: kind of voice, epochs, first and last learning rate, and masks of SpecAugment.
 LEGS = (
     ("pretrain", 4, 2e-3, 4e-4, 2),
     ("pretrain", 4, 1.2e-3, 0.0, 1),
@@ -63,8 +64,11 @@ LEGS = (
 Clip = tuple[Tensor, list[int]]  # log-mel (M, 2S) in half precision, and the pieces spoken
 
 
-def listen(job) -> Tensor:
-    """Speak one sentence, a quarter of the time through the corpus's codec. -> (M, 2S)"""
+def listen(job) -> np.ndarray:
+    """Speak one sentence, a quarter of the time through the corpus's codec. -> (M, 2S)
+
+    No Tensor: each that comes from another process keeps a file open here.
+    """
     text, language, voices, seed = job
     torch.set_num_threads(1)
     rng = random.Random(seed)
@@ -74,26 +78,32 @@ def listen(job) -> Tensor:
         write_opus(file, audio)
         file.seek(0)
         audio = torch.from_numpy(soundfile.read(file, dtype="float32")[0])
-    return clip_to_mel(audio, CONFIG["num_mel_bins"], "clip").half()
+    return clip_to_mel(audio, CONFIG["num_mel_bins"], "clip").half().numpy()
+
+
+def make_speech(voices: str, language: str, file: Path):
+    """CLIPS spoken, into a file, so that training can be repeated without espeak-ng."""
+    seed, size = f"{SEED} {voices} {language}", CLIPS[voices][language]
+    fresh = distinct(random.Random(seed), held_out_texts())
+    texts = [next(fresh)[language] for _ in range(size)]
+    jobs = [(text, language, voices, f"{seed} {i}") for i, text in enumerate(texts)]
+    make_room_for_inventions()
+    with Pool() as pool:
+        mels = [torch.from_numpy(mel) for mel in pool.map(listen, jobs, chunksize=32)]
+    torch.save((mels, texts), file.with_suffix(".part"))
+    file.with_suffix(".part").replace(file)
+    minutes = sum(mel.shape[1] for mel in mels) / 6000
+    print(f"{voices} {language}: {size} clips, {minutes:.0f} minutes", flush=True)
 
 
 def speech(voices: str, tokenizer: Tokenizer) -> list[Clip]:
-    """CLIPS of these voices; kept in files, so that training can be repeated without espeak-ng."""
+    """All clips in these voices, made if they are not there."""
     SPEECH.mkdir(exist_ok=True)
-    make_room_for_inventions()
     clips: list[Clip] = []
-    for language, size in CLIPS[voices].items():
+    for language in CLIPS[voices]:
         file = SPEECH / f"{voices}_{language}.pt"
         if not file.exists():
-            seed = f"{SEED} {voices} {language}"
-            fresh = distinct(random.Random(seed), held_out_texts())
-            texts = [next(fresh)[language] for _ in range(size)]
-            jobs = [(text, language, voices, f"{seed} {i}") for i, text in enumerate(texts)]
-            with Pool() as pool:
-                mels = pool.map(listen, jobs, chunksize=32)
-            torch.save((mels, texts), file)
-            minutes = sum(mel.shape[1] for mel in mels) / 6000
-            print(f"{voices} {language}: {size} clips, {minutes:.0f} minutes", flush=True)
+            make_speech(voices, language, file)
         mels, texts = torch.load(file, weights_only=True)
         clips += [(mel, tokenizer.encode(text)) for mel, text in zip(mels, texts, strict=True)]
     return clips

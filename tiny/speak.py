@@ -4,7 +4,6 @@ Used by make_corpus.py and make_encoder.py only; training and translating never 
 No voice of one group is in another, and families of voices (edward, edward2) stay together.
 """
 
-import functools
 import io
 import os
 import random
@@ -22,7 +21,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from data import SAMPLE_RATE, resample  # noqa: E402
 
-# French is "fr" and not "fr-fr": over an alias espeak-ng lays no variant, and says nothing of it.
+# "fr", not "fr-fr": espeak-ng silently ignores a variant on an alias.
 ACCENTS = {"fr": ("fr", "fr-be", "fr-ch"), "de": ("de",), "es": ("es", "es-419")}
 
 VOICES = {  # espeak-ng's variants: the shape of a mouth, laid over any language
@@ -42,12 +41,12 @@ INVENTED = Path(__file__).parent / "build" / "espeak-ng-data"  # a copy, for var
 
 
 def make_room_for_inventions():
-    """Copy espeak-ng's data, without its variants: it reads no more than 349 voices in all."""
-    if not INVENTED.exists():
-        version = subprocess.run(["espeak-ng", "--version"], capture_output=True, text=True).stdout
-        shutil.copytree(re.search(r"Data at: (.*)", version)[1].strip(), INVENTED)
-        shutil.rmtree(INVENTED / "voices" / "!v")
-        (INVENTED / "voices" / "!v").mkdir()
+    """Copy espeak-ng's data without its own variants: it lists at most 349 voices in all."""
+    version = subprocess.run(["espeak-ng", "--version"], capture_output=True, text=True).stdout
+    shutil.rmtree(INVENTED, ignore_errors=True)
+    shutil.copytree(re.search(r"Data at: (.*)", version)[1].strip(), INVENTED)
+    shutil.rmtree(INVENTED / "voices" / "!v")
+    (INVENTED / "voices" / "!v").mkdir()
 
 
 def invented_voice(rng: random.Random) -> str:
@@ -80,7 +79,7 @@ def invented_voice(rng: random.Random) -> str:
     ):
         if maybe(0.5):
             lines.append(name + "".join(f" {u + rng.randint(-spread, spread)}" for u in usual))
-    name = f"invented{os.getpid()}"  # the next one of this process takes its place
+    name = f"invented{os.getpid()}"  # overwritten by this process's next voice
     (INVENTED / "voices" / "!v" / name).write_text("\n".join(lines) + "\n")
     return name
 
@@ -93,9 +92,8 @@ def espeak(text: str, voice: str, speed: int = 175, pitch: int = 50) -> bytes:
     return subprocess.run([*command, "--", text], capture_output=True, check=True).stdout
 
 
-@functools.cache
 def check_voice(voice: str):
-    """Hear that the variant is there: espeak-ng leaves one that it does not find out."""
+    """Make sure that the variant is heard: espeak-ng silently speaks without one it cannot find."""
     accent, _, _ = voice.partition("+")
     if espeak("a e i o u", voice) == espeak("a e i o u", accent):
         raise ValueError(f"espeak-ng speaks {voice} as it speaks {accent}: the variant is lost")
