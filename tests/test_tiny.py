@@ -1,11 +1,12 @@
 """The embedded default keeps apart what its README says it keeps apart, and stays small."""
 
-import csv
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from data import read_tsv
 
 ROOT = Path(__file__).parents[1]
 CORPUS = ROOT / "tiny" / "corpus"
@@ -24,14 +25,14 @@ def scripts(monkeypatch):
 
 def rows(language: str) -> list[dict[str, str]]:
     """What both tables say of each clip."""
-    tables = []
-    for name in ("validated.tsv", f"covost_v2.{language}_en.tsv"):
-        with open(CORPUS / language / name, encoding="utf-8", newline="") as file:
-            table = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE, escapechar="\\")
-            tables.append(list(table))
-    spoken = {row["path"]: row for row in tables[0]}
-    assert len(spoken) == len(tables[0]) == len(tables[1])
-    return [spoken[row["path"]] | row for row in tables[1]]
+    folder = CORPUS / language
+    said = read_tsv(folder / "validated.tsv", ("client_id", "path", "sentence")).values()
+    translated = read_tsv(
+        folder / f"covost_v2.{language}_en.tsv", ("path", "translation", "split")
+    ).values()
+    spoken = {row["path"]: row for row in said}
+    assert len(spoken) == len(said) == len(translated)
+    return [spoken[row["path"]] | row for row in translated]
 
 
 def by_split(column: str, languages) -> dict[str, set[str]]:
