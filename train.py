@@ -69,7 +69,6 @@ class Preset:
     accumulate: int  # batches in one step of the optimizer
     recompute: str  # whose activations, for the gradient: none, llm, all; slower, far less memory
     epochs: int
-    epochs_several: int  # in place of epochs with several directions
     beams: int
 
 
@@ -83,14 +82,14 @@ PAPER = dict(
     encoder=WEIGHTS / "whisper-large-v2", data=HERE / "corpus", lang="paper", window="30s",
     encoder_rank=128, encoder_alpha=64, llm_rank=512, llm_alpha=256, dropout=0.05, asr=1.0,
     en_step=1, lr=2e-4, schedule="linear", warmup=0.03, batch=6400, accumulate=2,
-    recompute="all", epochs=1, epochs_several=1, beams=5,
+    recompute="all", epochs=1, beams=5,
 )  # fmt: skip
 PRESETS = {
     "tiny": Preset(
         encoder=TINY / "whisper", llm=TINY / "llama", data=TINY / "corpus", lang="fr",
         template="llama2", window="clip", encoder_rank=16, encoder_alpha=8, llm_rank=16,
         llm_alpha=8, dropout=0.0, asr=1.0, en_step=1, lr=1e-3, schedule="linear", warmup=0.05,
-        batch=1100, accumulate=1, recompute="none", epochs=3, epochs_several=5, beams=5,
+        batch=1100, accumulate=1, recompute="none", epochs=2, beams=5,
     ),
     "llast-2b": Preset(llm=WEIGHTS / "TinyLlama-1.1B-Chat-v1.0", template="tinyllama", **PAPER),
     "llast-8b": Preset(llm=WEIGHTS / "Llama-2-7b-chat-hf", template="llama2", **PAPER),
@@ -117,9 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--asr", type=float, help="share of clips that are also transcribed, 0 to 1")
     add("--en-step", type=int, help="of the clips in English train on every n-th")
     add("--clips", type=int, help="train on the first so many clips of each direction")
-    tiny = PRESETS["tiny"]
-    passes = f"[tiny: {tiny.epochs}; {tiny.epochs_several} with several directions]"
-    add("--epochs", type=int, help=f"passes over all clips {passes}")
+    add("--epochs", type=int, help="passes over all clips")
     add("--lr", type=float, help="peak learning rate")
     add("--schedule", choices=("linear", "cosine"), help="how the learning rate falls to 0")
     add("--batch", type=int, help="positions, speech and text, in a batch")
@@ -138,12 +135,9 @@ def short(path: Path) -> str:
 
 
 def with_flags(preset: Preset, args: argparse.Namespace) -> Preset:
-    """The preset with what the command line says otherwise, and the epochs of its directions."""
+    """The preset with what the command line says otherwise."""
     given = {k: v for k, v in vars(args).items() if k in asdict(preset) and v is not None}
-    settings = replace(preset, **given)
-    if args.epochs is None and len(parse_directions(settings.lang)) > 1:
-        settings = replace(settings, epochs=settings.epochs_several)
-    return settings
+    return replace(preset, **given)
 
 
 # --------------------------------------------------------------------------------------- the plan
@@ -645,7 +639,6 @@ def run(args: argparse.Namespace) -> int:
             raise FileNotFoundError(f"{short(base)} is not there; get it with\n    {fetch(base)}")
     about = {name: getattr(args, name) for name in ("preset", "clips", "seed", "compile")}
     about |= asdict(settings)
-    del about["epochs_several"]  # `epochs` is what was taken
     about = {k: str(v.absolute()) if isinstance(v, Path) else v for k, v in about.items()}
     torch.manual_seed(args.seed)
     device, dtype, reason = pick_device()

@@ -79,7 +79,7 @@ def test_a_run_writes_the_files_that_the_readme_names(monkeypatch, corpus, tmp_p
     assert [line["step"] for line in steps if "loss" in line] == list(range(1, len(steps)))
     assert "dev_loss" in steps[-1]
     about = json.loads((out / "run.json").read_text())
-    assert about["epochs"] == 1 and "epochs_several" not in about  # what was taken, alone
+    assert about["epochs"] == 1
 
     printed = capsys.readouterr().out
     table = [row for row in map(str.split, printed.splitlines()) if row[1:2] == ["train"]]
@@ -95,20 +95,6 @@ def test_a_run_writes_the_files_that_the_readme_names(monkeypatch, corpus, tmp_p
     clip = next((corpus / "de" / "clips").iterdir())
     [result] = translate(LLaST.from_pretrained(out), [clip], source="de", max_new_tokens=4)
     assert result.error is None
-
-
-def test_several_directions_are_passed_over_more_often_unless_told_otherwise():
-    tiny, paper = train.PRESETS["tiny"], train.PRESETS["llast-8b"]
-
-    def epochs(preset, *flags):
-        return train.with_flags(preset, train.build_parser().parse_args(flags)).epochs
-
-    assert tiny.epochs < tiny.epochs_several
-    assert epochs(tiny) == epochs(tiny, "--lang", "de") == tiny.epochs
-    assert epochs(tiny, "--lang", "fr,de") == epochs(tiny, "--lang", "all") == tiny.epochs_several
-    assert epochs(tiny, "--lang", "fr,fr-en") == tiny.epochs  # one, named twice
-    assert epochs(tiny, "--lang", "fr,de", "--epochs", str(tiny.epochs)) == tiny.epochs
-    assert epochs(paper) == 1  # nine directions, and the original's one pass
 
 
 def test_the_loss_falls(monkeypatch, corpus, tmp_path):

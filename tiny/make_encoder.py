@@ -1,10 +1,11 @@
 """Make the embedded encoder: a small Whisper encoder that has listened to the phrasebook.
 
-    python tiny/make_encoder.py         needs espeak-ng, and the tokenizer of make_llm.py
+    python tiny/make_encoder.py         needs espeak-ng, and what make_llm.py wrote
 
 It plays the part of Whisper's encoder. It learns by CTC to write down what is said, in the pieces
-of the LLM's vocabulary; the layer that wrote them is then thrown away. Voices and sentences of the
-embedded corpus's dev and test parts are not in it.
+of the LLM's vocabulary, at last by coming near the vectors that the LLM has for them; the layer
+that wrote them is then thrown away. Voices and sentences of the embedded corpus's dev and test
+parts are not in it.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from speak import make_room_for_inventions, recording, write_opus
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from data import group, load_audio, read_corpus  # noqa: E402
-from llama import Tokenizer  # noqa: E402
+from llama import Llama, Tokenizer  # noqa: E402
 from whisper_encoder import WhisperConfig, WhisperEncoder, clip_to_mel  # noqa: E402
 
 TINY = Path(__file__).parent
@@ -54,12 +55,17 @@ CONFIG = {
     "torch_dtype": "float16",
 }
 BUDGET = 3200  # states in a batch
-# Three legs: kind of voice, epochs, first and last learning rate, and masks of SpecAugment.
+# Five legs: kind of voice, epochs, first and last learning rate, masks of SpecAugment, and whether
+# a state writes a piece by coming near the LLM's vector of it, or through weights of the leg's own.
 LEGS = (
-    ("pretrain", 4, 2e-3, 4e-4, 2),
-    ("pretrain", 4, 1.2e-3, 0.0, 1),
-    ("invented", 8, 1.2e-3, 0.0, 1),
+    ("pretrain", 4, 2e-3, 4e-4, 2, False),
+    ("pretrain", 4, 1.2e-3, 0.0, 1, False),
+    ("invented", 8, 1.2e-3, 0.0, 1, False),
+    ("invented", 3, 1e-3, 0.0, 1, True),
+    ("invented", 3, 6e-4, 0.0, 1, True),
 )
+SHARPNESS = 20.0  # of the choice between near vectors
+SETTLE = 200  # batches in which a layer finds the LLM's vectors before the encoder moves
 
 Clip = tuple[Tensor, list[int]]  # log-mel (M, 2S) in half precision, and the pieces spoken
 
@@ -135,16 +141,54 @@ def spec_augment(mel: Tensor, masks: int) -> Tensor:
     return mel
 
 
+class NearWords(nn.Module):
+    """Scores of all pieces and the blank: how near a state comes to the LLM's vectors of them.
+
+    (B, S, Da) -> (B, S, V + 1). What it leaves in the encoder is that one linear map leads from
+    states to the LLM's words, which the projector can learn once, and not for each piece anew.
+    """
+
+    def __init__(self, words: Tensor):
+        super().__init__()
+        V, D = words.shape
+        self.register_buffer("words", F.normalize(words.float(), dim=1))
+        self.place = nn.Linear(CONFIG["d_model"], D)
+        self.blank = nn.Parameter(torch.randn(1, D))
+
+    def forward(self, states: Tensor) -> Tensor:
+        vectors = torch.cat([self.words, F.normalize(self.blank, dim=1)])
+        return SHARPNESS * F.normalize(self.place(states), dim=-1) @ vectors.T
+
+
+def ctc(head: nn.Module, states: Tensor, lengths: Tensor, batch: list[Clip], blank: int) -> Tensor:
+    """The loss of writing down what was said, whenever it was said."""
+    scores = head(states).log_softmax(-1).transpose(0, 1)
+    pieces = [torch.tensor(pieces) for _, pieces in batch]
+    n_pieces = torch.tensor([len(p) for p in pieces])
+    return F.ctc_loss(scores, torch.cat(pieces), lengths, n_pieces, blank=blank, zero_infinity=True)
+
+
+def settle(head: nn.Module, encoder: WhisperEncoder, batches: list[list[Clip]], blank: int):
+    """Train the head alone, so that what it asks of the encoder is not noise."""
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=0.0)
+    for i, batch in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - i / len(batches))
+        mel, lengths = pad([mel for mel, _ in batch])
+        with torch.no_grad():
+            states = encoder(mel, lengths)
+        ctc(head, states, lengths, batch, blank).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 @torch.no_grad()
-def error_rate(encoder: WhisperEncoder, head: nn.Linear, clips: list[Clip]) -> float:
+def error_rate(encoder: WhisperEncoder, head: nn.Module, clips: list[Clip], blank: int) -> float:
     """Wrong, missing and extra pieces of the best path, as a share of the pieces spoken."""
     wrong = total = 0
     mel, lengths = pad([mel for mel, _ in clips])
     best = head(encoder(mel, lengths)).argmax(-1)
     for path, n, (_, said) in zip(best, lengths, clips, strict=True):
-        heard = [
-            i for i in torch.unique_consecutive(path[:n]).tolist() if i != head.out_features - 1
-        ]
+        heard = [i for i in torch.unique_consecutive(path[:n]).tolist() if i != blank]
         row = list(range(len(said) + 1))
         for h in heard:
             diagonal, row[0] = row[0], row[0] + 1
@@ -176,13 +220,17 @@ def new_encoder() -> WhisperEncoder:
 
 def train_leg(leg: int, encoder: WhisperEncoder, tokenizer: Tokenizer, dev: dict[str, list[Clip]]):
     """A leg of training, with a fresh layer on top that writes pieces down or a blank."""
-    voices, epochs, first_lr, last_lr, masks = LEGS[leg]
+    voices, epochs, first_lr, last_lr, masks, near_words = LEGS[leg]
     clips, blank = speech(voices, tokenizer), tokenizer.vocab_size
-    head = nn.Linear(CONFIG["d_model"], blank + 1)
 
     def size_of(clip: Clip) -> int:
         return clip[0].shape[1] // 2
 
+    if near_words:
+        head = NearWords(Llama.from_pretrained(TINY / "llama").model.embed_tokens.weight.detach())
+        settle(head, encoder, group(clips, size_of, BUDGET, SEED, epochs)[:SETTLE], blank)
+    else:
+        head = nn.Linear(CONFIG["d_model"], blank + 1)
     steps = epochs * len(group(clips, size_of, BUDGET, SEED, 0))
     fall = 1 - last_lr / first_lr
     weights = [p for p in (*encoder.parameters(), *head.parameters()) if p.requires_grad]
@@ -198,12 +246,7 @@ def train_leg(leg: int, encoder: WhisperEncoder, tokenizer: Tokenizer, dev: dict
         for batch in group(clips, size_of, BUDGET, SEED, epoch):
             mel, lengths = pad([mel for mel, _ in batch])
             states = encoder(spec_augment(mel, masks), lengths)
-            scores = head(states).log_softmax(-1).transpose(0, 1)
-            pieces = [torch.tensor(pieces) for _, pieces in batch]
-            n_pieces = torch.tensor([len(p) for p in pieces])
-            loss = F.ctc_loss(
-                scores, torch.cat(pieces), lengths, n_pieces, blank=blank, zero_infinity=True
-            )
+            loss = ctc(head, states, lengths, batch, blank)
             loss.backward()
             nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
@@ -215,7 +258,7 @@ def train_leg(leg: int, encoder: WhisperEncoder, tokenizer: Tokenizer, dev: dict
                 print(f"leg {leg} epoch {epoch} step {len(losses)} of {steps // epochs} "
                       f"loss {mean:.3f} seconds {seconds:.0f}", flush=True)  # fmt: skip
         encoder.eval()
-        errors = {language: round(error_rate(encoder, head, dev[language]), 3) for language in dev}
+        errors = {name: round(error_rate(encoder, head, dev[name], blank), 3) for name in dev}
         print(
             f"leg {leg} epoch {epoch}: wrong pieces on unseen voices and sentences {errors}",
             flush=True,
