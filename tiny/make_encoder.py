@@ -31,6 +31,7 @@ from speak import make_room_for_inventions, recording, write_opus
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from data import group, load_audio, read_corpus  # noqa: E402
 from llama import Llama, Tokenizer  # noqa: E402
+from translate import edit_distance  # noqa: E402
 from whisper_encoder import WhisperConfig, WhisperEncoder, clip_to_mel  # noqa: E402
 
 TINY = Path(__file__).parent
@@ -189,12 +190,7 @@ def error_rate(encoder: WhisperEncoder, head: nn.Module, clips: list[Clip], blan
     best = head(encoder(mel, lengths)).argmax(-1)
     for path, n, (_, said) in zip(best, lengths, clips, strict=True):
         heard = [i for i in torch.unique_consecutive(path[:n]).tolist() if i != blank]
-        row = list(range(len(said) + 1))
-        for h in heard:
-            diagonal, row[0] = row[0], row[0] + 1
-            for j, s in enumerate(said, 1):
-                diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (h != s))
-        wrong, total = wrong + row[-1], total + len(said)
+        wrong, total = wrong + edit_distance(heard, said), total + len(said)
     return wrong / total
 
 
