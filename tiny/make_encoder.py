@@ -145,8 +145,8 @@ def spec_augment(mel: Tensor, masks: int) -> Tensor:
 class NearWords(nn.Module):
     """Scores of all pieces and the blank: how near a state comes to the LLM's vectors of them.
 
-    (B, S, Da) -> (B, S, V + 1). What it leaves in the encoder is that one linear map leads from
-    states to the LLM's words, which the projector can learn once, and not for each piece anew.
+    (B, S, Da) -> (B, S, V + 1). The encoder learns to let one linear map lead from its states
+    to the LLM's words; the projector can then learn that once, and not for each piece anew.
     """
 
     def __init__(self, words: Tensor):
