@@ -32,24 +32,18 @@ try:
 except ImportError:  # not on Windows; there the memory of a process stays unknown
     resource = None
 
-from data import (
-    MAX_SECONDS,
-    SAMPLE_RATE,
-    SPLITS,
-    AudioError,
-    Row,
-    audio_seconds,
-    end_id,
-    load_audio,
-    parse_directions,
-    prompt_for,
-    prompt_ids,
-    read_corpus,
-    split_at_quiet,
-)
+from data import SPLITS, Row, end_id, parse_directions, prompt_for, prompt_ids, read_corpus
 from llama import Cache, Llama
 from llast import LLaST, encoder_flops, llm_flops, phase, pick_device, projector_flops
 from lora import merge_lora
+from whisper_encoder import (
+    MAX_SECONDS,
+    SAMPLE_RATE,
+    AudioError,
+    audio_seconds,
+    load_audio,
+    split_at_quiet,
+)
 
 HERE = Path(__file__).parent
 AUDIO_FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3")

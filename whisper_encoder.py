@@ -9,6 +9,7 @@ A clip enters alone or in any batch with the same result: tests/test_whisper_enc
 
 import json
 import math
+import os
 import pickle
 import zipfile
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
+import soundfile
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -29,6 +31,124 @@ HOP = 160  # samples, 10 ms: one mel frame
 STEP = 2 * HOP  # samples, 20 ms: one encoder state, because the second convolution has stride 2
 MAX_SAMPLES = 30 * SAMPLE_RATE  # Whisper was trained on windows of exactly this length
 WINDOWS = ("30s", "clip")
+
+
+# --------------------------------------------------------------------------- sound file -> waveform
+
+MAX_SECONDS = 30  # Whisper's window; a longer clip has no place in it
+MAX_PEAK = 32  # times full scale: 30 dB more than any recording should have
+
+
+class AudioError(ValueError):
+    """A clip that cannot be used, and why."""
+
+    def __init__(self, path, reason: str):
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = path, reason
+
+
+def open_audio(path: Path) -> soundfile.SoundFile:
+    """The file, opened, once it is known to be one that can be read."""
+    if not os.path.isfile(path):  # unlike Path.is_file, False for a name of any length
+        raise AudioError(path, "no such file")
+    if path.stat().st_size == 0:
+        raise AudioError(path, "the file is empty")
+    try:
+        file = soundfile.SoundFile(path)
+    except soundfile.LibsndfileError as error:
+        reason = error.error_string
+        if "does not exist" in reason:  # what libsndfile says where it finds no frames of an mp3
+            reason = "no mp3 audio in it"
+        raise AudioError(path, f"not readable as audio ({reason})") from error
+    except TypeError as error:  # soundfile asks for the rate of a file that ends in .raw
+        raise AudioError(path, "not readable as audio (it has no header)") from error
+    if file.frames > 1 << 40:  # what a FLAC that was streamed says of itself
+        raise AudioError(path, "its header does not say how long it is; convert it once more")
+    return file
+
+
+def audio_seconds(path) -> float:
+    """How long a clip is by its header, without decoding it."""
+    with open_audio(Path(path)) as file:
+        return file.frames / file.samplerate
+
+
+def load_audio(path) -> Tensor:
+    """Any file that soundfile reads (wav, flac, ogg, mp3) -> (N,) at 16 kHz, mono, full scale 1."""
+    path = Path(path)
+    with open_audio(path) as file:
+        promised, rate = file.frames, file.samplerate
+        try:
+            samples = file.read(promised, "float32", always_2d=True)
+        except soundfile.LibsndfileError as error:
+            raise AudioError(path, f"not readable as audio ({error.error_string})") from error
+    audio = torch.from_numpy(samples).mean(dim=1)  # (N,)
+    if len(audio) == 0:
+        raise AudioError(path, "the clip has no samples")
+    if len(audio) < promised:
+        raise AudioError(path, f"cut short, {len(audio)} of {promised} samples are there")
+    if not audio.isfinite().all():
+        raise AudioError(path, "the clip holds samples that are not numbers (NaN or infinite)")
+    if (peak := audio.abs().max()) > MAX_PEAK:  # floats that stand for 16-bit integers, say
+        raise AudioError(path, f"its samples reach {peak:.0f}; full scale is 1")
+    return resample(audio, rate, SAMPLE_RATE)
+
+
+ZEROS = 48  # zero crossings of the sinc on either side: more make the cut-off steeper
+KAISER_BETA = 8.0  # shape of the window: about 80 dB of attenuation beyond the cut-off
+ROLLOFF = 0.945  # the middle of the transition, as a part of the lower Nyquist frequency
+
+
+@lru_cache(maxsize=8)
+def sinc_table(from_step: int, to_step: int) -> Tensor:
+    """A low-pass filter for each position between two input samples. -> (to_step, taps)"""
+    cutoff = ROLLOFF * min(1, to_step / from_step)  # as a part of the input's Nyquist frequency
+    half = math.ceil(ZEROS / cutoff)  # input samples that the filter sees on either side
+    phase = torch.arange(to_step, dtype=torch.float64)[:, None] / to_step
+    t = cutoff * (torch.arange(-half, half + 1) - phase)  # (to_step, taps)
+    width = (1 - (t / ZEROS) ** 2).clamp(min=0).sqrt()
+    kaiser = torch.special.i0(KAISER_BETA * width) / torch.special.i0(torch.tensor(KAISER_BETA))
+    return (cutoff * torch.sinc(t) * kaiser).float()
+
+
+def resample(audio: Tensor, from_rate: int, to_rate: int) -> Tensor:
+    """Band-limited interpolation with a Kaiser-windowed sinc. (N,) -> (ceil(N to/from),)
+
+    Nothing above the lower of the two Nyquist frequencies survives, so nothing folds back.
+    """
+    if from_rate == to_rate:
+        return audio
+    divisor = math.gcd(from_rate, to_rate)
+    from_step, to_step = from_rate // divisor, to_rate // divisor
+    table = sinc_table(from_step, to_step)
+    half = table.shape[1] // 2
+    windows = torch.nn.functional.pad(audio, (half, half)).unfold(0, table.shape[1], 1)  # (N, taps)
+
+    n_out = math.ceil(len(audio) * to_step / from_step)
+    pieces = []
+    for start in range(0, n_out, SAMPLE_RATE):  # a piece at a time, to keep memory small
+        j = torch.arange(start, min(start + SAMPLE_RATE, n_out)) * from_step
+        pieces.append((windows[j // to_step] * table[j % to_step]).sum(dim=1))
+    return torch.cat(pieces)
+
+
+def split_at_quiet(audio: Tensor, most: int) -> list[tuple[int, int]]:
+    """Pieces of at most `most` samples, cut where a long clip is quietest. (N,) -> [(start, end)]
+
+    A cut is the middle of the quietest 0.2 s in the second half of what a piece may take.
+    """
+    width = min(SAMPLE_RATE // 5, most - most // 2)
+    pieces, start = [], 0
+    while len(audio) - start > most:
+        first = start + most // 2
+        energy = audio[first : start + most].double().square().cumsum(dim=0)
+        energy = torch.nn.functional.pad(energy, (1, 0))
+        loudness = energy[width:] - energy[:-width]  # of the window that starts at each sample
+        last_minimum = len(loudness) - 1 - int(loudness.flip(0).argmin())  # so few pieces
+        cut = first + last_minimum + (width + 1) // 2
+        pieces.append((start, cut))
+        start = cut
+    return [*pieces, (start, len(audio))]
 
 
 # ------------------------------------------------------------------------------ waveform -> log-mel

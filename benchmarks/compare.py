@@ -44,7 +44,6 @@ from data import (  # noqa: E402
     Example,
     Row,
     group,
-    load_audio,
     read_corpus,
 )
 from llama import Llama, LlamaConfig  # noqa: E402
@@ -56,6 +55,7 @@ from whisper_encoder import (  # noqa: E402
     WhisperConfig,
     WhisperEncoder,
     clip_to_mel,
+    load_audio,
     log_mel_spectrogram,
     n_states,
 )

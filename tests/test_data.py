@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
-import torch
 
 import data
 import toys
@@ -22,14 +20,12 @@ from data import (
     IGNORE,
     IM_END,
     IM_START,
-    AudioError,
     Batches,
     Example,
     Row,
 )
 from llama import Tokenizer
-
-RATES = (8000, 22050, 44099, 44100, 48000)
+from toys import tone, write
 
 
 @pytest.fixture(scope="module")
@@ -37,152 +33,6 @@ def tokenizer(tmp_path_factory):
     folder = toys.llama_folder(tmp_path_factory.mktemp("bases") / "llama")
     (folder / "added_tokens.json").write_text(json.dumps({IM_START: 1298, IM_END: 1299}))
     return Tokenizer(folder)
-
-
-def tone(hertz: float, rate: int, seconds: float = 0.2) -> np.ndarray:
-    return np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
-
-
-def middle(audio: torch.Tensor) -> np.ndarray:
-    """16 kHz samples without the 20 ms at either end, where the filter sees past the clip."""
-    return audio.double().numpy()[320:-320]
-
-
-def write(path: Path, samples, rate: int = 16000, **how) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, np.asarray(samples, dtype=np.float32), rate, **how)
-    return path
-
-
-# ----------------------------------------------------------------------------------------- resample
-
-
-@pytest.mark.parametrize("rate", RATES)
-def test_resampling_keeps_level_and_phase_of_tones_below_the_cut_off(rate):
-    for hertz in (100, 1000, 3500) if rate < 16000 else (100, 1000, 5000, 7000):
-        heard = data.resample(torch.tensor(tone(hertz, rate)).float(), rate, 16000)
-        exact = torch.tensor(tone(hertz, 16000))
-        np.testing.assert_allclose(middle(heard[: len(exact)]), middle(exact), atol=1e-3)
-
-
-@pytest.mark.parametrize("rate", [rate for rate in RATES if rate > 16000])
-def test_tones_that_16_khz_cannot_hold_vanish_instead_of_folding_back(rate):
-    for hertz in (8100, 9000, 0.49 * rate):
-        heard = middle(data.resample(torch.tensor(tone(hertz, rate)).float(), rate, 16000))
-        assert 20 * np.log10(np.abs(heard).max()) < -60, f"{hertz} Hz"
-
-
-def test_resampling_to_the_same_rate_changes_nothing():
-    audio = torch.rand(100)
-    assert torch.equal(data.resample(audio, 16000, 16000), audio)
-
-
-@pytest.mark.parametrize("rate", RATES)
-@pytest.mark.parametrize("n", [1, 2, 999, 48001])
-def test_a_resampled_clip_is_as_long_as_before_rounded_up(rate, n):
-    assert len(data.resample(torch.zeros(n), rate, 16000)) == math.ceil(n * 16000 / rate)
-
-
-def test_long_clips_are_resampled_in_pieces_that_join_without_a_seam():
-    long = tone(440, 22050, seconds=2.5)
-    heard = middle(data.resample(torch.tensor(long).float(), 22050, 16000))
-    np.testing.assert_allclose(heard, middle(torch.tensor(tone(440, 16000, 2.5))), atol=1e-3)
-
-
-# ----------------------------------------------------------------------------------- split_at_quiet
-
-
-def test_a_long_clip_is_cut_in_the_middle_of_its_pauses():
-    audio = torch.tensor(tone(440, 16000, 10.0)).float()
-    for pause in (3.3, 6.5, 8.9):  # seconds
-        audio[round(pause * 16000) :][:3200] = 0  # 0.2 s, the window
-    pieces = data.split_at_quiet(audio, 4 * 16000)
-    expected = [(0, 54400), (54400, 105600), (105600, 160000)]
-    np.testing.assert_allclose(pieces, expected, atol=2)  # a tone may be at zero beside a pause
-
-
-@pytest.mark.parametrize("n", [0, 1, 2, 999, 1000, 1001, 1002, 2500])
-@pytest.mark.parametrize("most", [1, 2, 3, 1000])
-@pytest.mark.parametrize("kind", ["silence", "constant", "noise"])
-def test_pieces_cover_a_clip_without_gap_and_none_is_too_long(n, most, kind):
-    noise = torch.randn(n, generator=torch.Generator().manual_seed(n))
-    audio = {"silence": torch.zeros(n), "constant": torch.ones(n), "noise": noise}[kind]
-    pieces = data.split_at_quiet(audio, most)
-    assert pieces == data.split_at_quiet(audio.clone(), most)
-    assert pieces[0][0] == 0 and pieces[-1][1] == n
-    assert all(a[1] == b[0] for a, b in zip(pieces, pieces[1:]))
-    assert all(end - start <= most for start, end in pieces)
-    assert all(end - start >= most // 2 for start, end in pieces[:-1])
-    if n <= most:
-        assert len(pieces) == 1
-
-
-# --------------------------------------------------------------------------------------- load_audio
-
-
-@pytest.mark.parametrize(
-    ("name", "rate", "channels", "tolerance"),
-    [
-        ("a.wav", 16000, 1, 1e-3),
-        ("a.wav", 8000, 2, 1e-3),
-        ("a.flac", 44100, 2, 1e-3),
-        ("a.flac", 48000, 6, 1e-3),
-        ("a.ogg", 22050, 1, 0.05),  # lossy
-        ("a.ogg", 48000, 2, 0.05),
-        ("a.mp3", 44100, 2, 0.05),
-        ("a.mp3", 16000, 1, 0.05),
-    ],
-)
-def test_any_format_rate_and_channel_count_becomes_16_khz_mono(
-    tmp_path, name, rate, channels, tolerance
-):
-    levels = np.linspace(0.1, 0.6, channels)  # channels differ, so that their mean shows
-    file = write(tmp_path / name, tone(440, rate, 0.5)[:, None] * levels, rate)
-    audio = data.load_audio(file)
-    assert audio.dtype == torch.float32 and audio.shape == (8000,)
-    expected = tone(440, 16000, 0.5) * levels.mean()
-    np.testing.assert_allclose(middle(audio), expected[320:-320], atol=tolerance)
-
-
-@pytest.mark.parametrize("subtype", ("GSM610", "G721_32"))
-def test_telephone_formats_that_cannot_be_sought_in_are_read(tmp_path, subtype):
-    said = tone(440, 16000, 0.5) / 2  # at full scale the codec overflows
-    file = write(tmp_path / "voicemail.wav", said, subtype=subtype)
-    assert not soundfile.SoundFile(file).seekable()
-    heard = middle(data.load_audio(file)[:8000])
-    np.testing.assert_allclose(heard, said[320:-320], atol=0.1)
-
-
-def test_a_clip_that_cannot_be_used_is_named_with_the_reason(tmp_path):
-    noise = np.random.default_rng(0).normal(size=16000) * 0.1
-    whole = write(tmp_path / "whole.flac", noise).read_bytes()
-    (tmp_path / "half.flac").write_bytes(whole[: len(whole) // 2])
-    whole = write(tmp_path / "whole.mp3", noise).read_bytes()
-    (tmp_path / "half.mp3").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "empty.wav").touch()
-    (tmp_path / "bare.raw").write_bytes(bytes(999))
-    (tmp_path / "text.mp3").write_text("Not a sound. " * 99)
-    (tmp_path / "random.wav").write_bytes(np.random.default_rng(0).bytes(999))
-    write(tmp_path / "silent.wav", [])
-    write(tmp_path / "loud.wav", [0.1, -9000, 0.1], subtype="FLOAT")
-    write(tmp_path / "nan.wav", [0.1, np.nan, 0.1], subtype="FLOAT")
-    write(tmp_path / "infinite.wav", [0.1, np.inf, 0.1], subtype="FLOAT")
-    for name, reason in {
-        "missing.wav": "no such file",
-        "empty.wav": "the file is empty",
-        "random.wav": "not readable as audio",
-        "bare.raw": "it has no header",
-        "loud.wav": "reach 9000; full scale is 1",
-        "text.mp3": "no mp3 audio in it",
-        "x" * 300 + ".wav": "no such file",
-        "half.flac": "not readable as audio|cut short",
-        "half.mp3": "not readable as audio|cut short",
-        "silent.wav": "no samples",
-        "nan.wav": "not numbers",
-        "infinite.wav": "not numbers",
-    }.items():
-        with pytest.raises(AudioError, match=f"{name}: .*({reason})"):
-            data.load_audio(tmp_path / name)
 
 
 # ---------------------------------------------------------------------------------------- languages

@@ -21,11 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import toys
 import translate
-from data import AUDIO_ID, load_audio, split_at_quiet
+from data import AUDIO_ID
 from llama import Llama, LlamaConfig, Tokenizer
 from llast import LLaST, LLaSTConfig
 from lora import merge_lora
 from translate import beam_search
+from whisper_encoder import load_audio, split_at_quiet
 
 # -------------------------------------------------------------------------------------- beam search
 

@@ -5,6 +5,8 @@ import shutil
 import zlib
 from pathlib import Path
 
+import numpy as np
+import soundfile
 import torch
 from safetensors.torch import save_file
 
@@ -65,3 +67,13 @@ def llama_folder(folder: Path, **changes) -> Path:
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
     shutil.copy(TINY / "llama" / "tokenizer.model", folder)
     return folder
+
+
+def tone(hertz: float, rate: int, seconds: float = 0.2) -> np.ndarray:
+    return np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
+
+
+def write(path: Path, samples, rate: int = 16000, **how) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.asarray(samples, dtype=np.float32), rate, **how)
+    return path

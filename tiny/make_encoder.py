@@ -29,10 +29,15 @@ from make_corpus import CORPUS, distinct, held_out_texts
 from speak import make_room_for_inventions, recording, write_opus
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data import group, load_audio, read_corpus  # noqa: E402
+from data import group, read_corpus  # noqa: E402
 from llama import Llama, Tokenizer  # noqa: E402
 from translate import edit_distance  # noqa: E402
-from whisper_encoder import WhisperConfig, WhisperEncoder, clip_to_mel  # noqa: E402
+from whisper_encoder import (  # noqa: E402
+    WhisperConfig,
+    WhisperEncoder,
+    clip_to_mel,
+    load_audio,
+)
 
 TINY = Path(__file__).parent
 FOLDER, SPEECH = TINY / "whisper", TINY / "build"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data import SAMPLE_RATE, resample  # noqa: E402
+from whisper_encoder import SAMPLE_RATE, resample  # noqa: E402
 
 # "fr", not "fr-fr": espeak-ng silently ignores a variant on an alias.
 ACCENTS = {"fr": ("fr", "fr-be", "fr-ch"), "de": ("de",), "es": ("es", "es-419")}
