@@ -1,4 +1,4 @@
-"""data.py prepare: what becomes of Common Voice, FLEURS and a table of one's own."""
+"""tools/prepare.py: what becomes of Common Voice, FLEURS and a table of one's own."""
 
 import json
 import os
@@ -17,12 +17,13 @@ import soundfile
 import torch
 
 import data
+import tools.prepare as command
 import toys
 import train
 from data import Batches
 from llama import Tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SECONDS = 0.36  # a ten-thousandth of an hour
 
 
@@ -40,7 +41,7 @@ def write_lines(path: Path, *lines: str, end: str = "\n", mark: str = ""):
 
 
 def prepare(*flags) -> int:
-    return data.main(["prepare", *map(str, flags)])
+    return command.main([*map(str, flags)])
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -208,7 +209,7 @@ def test_what_was_prepared_is_what_is_read(common_voice):
 
 
 def test_samples_beyond_full_scale_clip_and_do_not_wrap(tmp_path):
-    data.write_flac(torch.tensor([0.0, 0.5, 1.0, 1.5, -1.0, -1.5]), tmp_path / "a.flac")
+    command.write_flac(torch.tensor([0.0, 0.5, 1.0, 1.5, -1.0, -1.5]), tmp_path / "a.flac")
     samples, _ = soundfile.read(tmp_path / "a.flac", dtype="int16")
     assert samples.tolist() == [0, 16384, 32767, 32767, -32768, -32768]
 
@@ -219,7 +220,7 @@ def test_any_text_survives_writing_and_reading_a_table(tmp_path):
         ("b", "two\nlines\r\nor\rthree \\n"),
         ("c", ""),
     ]
-    data.write_tsv(tmp_path / "t.tsv", ("path", "sentence"), rows)
+    command.write_tsv(tmp_path / "t.tsv", ("path", "sentence"), rows)
     table = data.read_tsv(tmp_path / "t.tsv", ("path", "sentence")).values()
     assert [tuple(row.values()) for row in table] == rows
 
@@ -272,7 +273,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(
 
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "tqdm", stop_soon)
+        patch.setattr(command, "tqdm", stop_soon)
         assert prepare(*flags_for(tmp_path)) == 130
     assert "the same command goes on" in capsys.readouterr().err
     clips = tmp_path / "out" / "fr" / "clips"
@@ -290,9 +291,9 @@ def test_a_run_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(
 def test_ctrl_c_leaves_whole_files_and_no_traceback(tmp_path):
     many_clips(tmp_path, 400, seconds=20.0)
     clips = tmp_path / "out" / "fr" / "clips"
-    command = [sys.executable, ROOT / "data.py", "prepare", *map(str, flags_for(tmp_path))]
+    words = [sys.executable, ROOT / "tools" / "prepare.py", *map(str, flags_for(tmp_path))]
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, start_new_session=True, text=True,
+        words, stderr=subprocess.PIPE, start_new_session=True, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while process.poll() is None and not list(clips.glob("*.flac")):
@@ -384,10 +385,10 @@ def test_fleurs_is_joined_by_the_ids_of_its_sentences(tmp_path):
 
 
 def test_every_language_has_its_folder_in_fleurs():
-    assert data.FLEURS["zh-CN"] == "cmn_hans_cn" and data.FLEURS["cy"] == "cy_gb"
-    for code, folder in data.FLEURS.items():
+    assert command.FLEURS["zh-CN"] == "cmn_hans_cn" and command.FLEURS["cy"] == "cy_gb"
+    for code, folder in command.FLEURS.items():
         assert folder.startswith(code[:2]) or code == "zh-CN"
-    assert set(data.FLEURS) == set(data.LANGUAGES)
+    assert set(command.FLEURS) == set(data.LANGUAGES)
 
 
 # ----------------------------------------------------------------------------- a table of one's own
@@ -448,7 +449,7 @@ def refused(capsys, *flags) -> str:
     capsys.readouterr()
     assert prepare(*flags) == 2
     printed = capsys.readouterr().err
-    assert printed.startswith("data.py: ") and printed.count("\n") == 1
+    assert printed.startswith("prepare.py: ") and printed.count("\n") == 1
     return printed
 
 
@@ -541,11 +542,11 @@ def test_a_corpus_is_neither_overwritten_nor_mixed_with_another(common_voice, ca
 
 
 def test_the_help_says_what_to_type(capsys):
-    for flags in (["-h"], ["prepare", "-h"], ["prepare", "covost2", "-h"]):
+    for flags in (["-h"], ["covost2", "-h"]):
         with pytest.raises(SystemExit) as ended:
-            data.main(flags)
+            command.main(flags)
         assert ended.value.code == 0
     printed = capsys.readouterr().out
-    for example in re.findall(r"^  python data\.py (prepare .*)$", printed, re.M):
-        assert data.build_parser().parse_args(example.split()).lang
-    assert "prepare fleurs" in printed and "--common-voice" in printed
+    for example in re.findall(r"^  python tools/prepare\.py (.*)$", printed, re.M):
+        assert command.build_parser().parse_args(example.split()).lang
+    assert "prepare.py fleurs" in printed and "--common-voice" in printed
