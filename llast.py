@@ -11,37 +11,31 @@ Sizes, everywhere: B batch, N samples (16 kHz), M mel bins, S audio positions af
 heads, Hk key/value heads, Dh head width, V vocabulary, R LoRA rank, W beam width.
 """
 
-import argparse
 import hashlib
 import json
 import os
 import shutil
-import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from data import AUDIO_ID, IGNORE, TEMPLATES, Batch, end_id, parse_directions
+from data import AUDIO_ID, IGNORE, Batch, end_id
 from llama import (
     Llama,
-    LlamaConfig,
     Tokenizer,
     must_match,
-    read_json,
     stored_tensors,
     weight_files,
 )
-from lora import LoRALinear, add_lora, lora_layers, merge_lora, read_peft, save_peft
-from whisper_encoder import WINDOWS, WhisperConfig, WhisperEncoder, clip_to_mel, n_states
+from lora import add_lora, lora_layers
+from whisper_encoder import WhisperEncoder, clip_to_mel, n_states
 
 # Every linear layer of both bases except the LLM's head, as the original's
 # find_all_linear_names has it.
@@ -307,189 +301,3 @@ def fingerprint(base: Path, kind: str) -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
-
-
-# ----------------------------------------------------------------------------------- what it costs
-
-# Multiplications and additions of a forward pass, without LoRA: merged, it costs nothing.
-# Wc and Lc are the configurations of both bases.
-
-
-def encoder_flops(Wc: WhisperConfig, S: int, n: int) -> tuple[int, int, int]:
-    """Of S states, the first n of them needed: convolutions, linear layers, attention."""
-    Da, all_but_last = Wc.d_model, Wc.encoder_layers - 1
-    convolutions = 12 * S * Wc.num_mel_bins * Da + 6 * S * Da * Da
-    keys_and_values, others = 2 * Da * Da, 2 * Da * Da + 2 * Da * Wc.encoder_ffn_dim
-    linears = 2 * (Wc.encoder_layers * S * keys_and_values + (all_but_last * S + n) * others)
-    return convolutions, linears, 4 * (all_but_last * S + n) * S * Da
-
-
-def projector_flops(Wc: WhisperConfig, Lc: LlamaConfig, S: int) -> int:
-    D = Lc.hidden_size
-    return 2 * S * (Wc.d_model * D + 2 * D * D)
-
-
-def llm_flops(Lc: LlamaConfig, T: int, asked: int, past: int = 0) -> tuple[int, int]:
-    """Of T positions after `past` others, the vocabulary left out: linear layers, attention.
-
-    The last MLP works on the `asked` of the T.
-    """
-    D, layers, q = Lc.hidden_size, Lc.num_hidden_layers, Lc.num_attention_heads * Lc.head_dim
-    kv = Lc.num_key_value_heads * Lc.head_dim
-    linears = 2 * T * layers * (2 * D * q + 2 * D * kv)
-    linears += 2 * ((layers - 1) * T + asked) * 3 * D * Lc.intermediate_size
-    seen = T * past + T * (T + 1) // 2  # positions before it and itself, of each of the T
-    return linears, 4 * layers * q * seen
-
-
-# ---------------------------------------------------------------------------- to and from elsewhere
-
-LORAS = {  # folder of a LoRA: its module here, and that module's place in the base
-    "encoder-lora": ("speech_encoder", "encoder."),
-    "llm-lora": ("llm", ""),
-}
-
-
-def export(model: LLaST, out: Path):
-    """Write what others can load: both LoRAs for peft, the projector, merged bases, and use.json.
-
-    out/whisper and out/llama are Hugging Face folders; out/encoder-lora belongs on transformers'
-    WhisperModel, out/llm-lora on its LlamaForCausalLM.
-    """
-    bases = {"whisper": Path(model.config.encoder), "llama": Path(model.config.llm)}
-    for base in bases.values():
-        if not (base / "config.json").is_file():
-            raise ValueError(f"{base} is not in Hugging Face's layout; export knows no other")
-    out.mkdir(parents=True)
-    for name, (module, place) in LORAS.items():
-        if lora_layers(model.get_submodule(module)):
-            save_peft(model.get_submodule(module), out / name, place)
-    save_file(model.projector.state_dict(), out / "projector.safetensors")
-    how = {name: getattr(model.config, name) for name in ("template", "window", "directions")}
-    how["fingerprints"] = fingerprints_of(model.config)
-    (out / "use.json").write_text(json.dumps(how, indent=2) + "\n")
-    merge_lora(model)
-    merged = {
-        f"{place}{name}.weight": layer.weight
-        for module, place in LORAS.values()
-        for name, layer in model.get_submodule(module).named_modules()
-        if isinstance(layer, LoRALinear)
-    }
-    for name, base in bases.items():
-        (out / name).mkdir()
-        for file in base.iterdir():
-            if file.suffix in (".json", ".model", ".txt") and ".index." not in file.name:
-                shutil.copy(file, out / name)
-        tensors = {}
-        for key, tensor in chain.from_iterable(map(stored_tensors, weight_files(base))):
-            # Whisper files may have `model.` in front; each stays in the precision it came in, and
-            # gets memory of its own, which tied tensors of a .bin file share.
-            known = key if key in merged else key.removeprefix("model.")
-            tensors[key] = merged.pop(known, tensor).to(tensor.dtype, copy=True).contiguous()
-        save_file(tensors, out / name / "model.safetensors", {"format": "pt"})
-    for file in out.rglob("*.safetensors"):
-        shutil.copymode(out / "use.json", file)
-    if merged:
-        raise ValueError(f"merged weights that the bases' files do not have: {sorted(merged)[:8]}")
-
-
-def read_exported(folder: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """From a folder as `export` writes it: the trained tensors, and alpha of each LoRA."""
-    projector = stored_tensors(folder / "projector.safetensors")
-    tensors, alphas = {f"projector.{name}": tensor for name, tensor in projector}, {}
-    for name, (module, place) in LORAS.items():
-        if (folder / name).is_dir():
-            alphas[module], lora = read_peft(folder / name, place)
-            tensors |= {f"{module}.{key}": tensor for key, tensor in lora.items()}
-    return tensors, alphas
-
-
-def read_original(path: Path) -> dict[str, Tensor]:
-    """The trained tensors of a checkpoint of the original (a file, or DeepSpeed's folder).
-
-    LoRA on Whisper's decoder is left out by name: it has never been part of the computation.
-    """
-    if path.is_dir():
-        path = path / "mp_rank_00_model_states.pt"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there; name a checkpoint, or a folder from export")
-    stored = dict(stored_tensors(path))
-    stored = stored.get("module") or stored.get("state_dict") or stored
-    tensors = {}
-    for name, tensor in stored.items():
-        if not name.startswith("speech_encoder.base_model.model.decoder."):
-            name = name.replace("speech_encoder.base_model.model.encoder.", "speech_encoder.", 1)
-            name = name.replace("llm.base_model.model.", "llm.", 1)
-            tensors[name.replace(".default.weight", "")] = tensor
-    return tensors
-
-
-def import_trained(args: argparse.Namespace) -> LLaST:
-    """A LLaST from what was trained elsewhere, every tensor of it in its place."""
-    if (args.source / "projector.safetensors").is_file():
-        tensors, alphas = read_exported(args.source)
-        how = read_json(args.source / "use.json")
-    else:
-        tensors, alphas = read_original(args.source), {}
-        how = {"template": "llama2", "window": "30s", "directions": ["paper"], "fingerprints": {}}
-    asked = {"template": args.template, "window": args.window}
-    how |= {name: value for name, value in asked.items() if value}
-    directions = parse_directions(args.lang or ",".join(how["directions"]))
-    how["directions"] = tuple("-".join(pair) for pair in directions)
-    shape = {}
-    for name, (module, _) in LORAS.items():
-        part = name.removesuffix("-lora")
-        As = [v for k, v in tensors.items() if k.startswith(module) and k.endswith("lora_A")]
-        rank = shape[f"{part}_rank"] = len(As[0]) if As else 0
-        # The original's files do not hold alpha; in its configurations it is half of the rank.
-        shape[f"{part}_alpha"] = alphas.get(module, rank / 2)
-    fingerprints = how.pop("fingerprints")
-    config = LLaSTConfig(str(args.encoder), str(args.llm), dropout=0.0, **how, **shape)
-    check_bases(config, fingerprints, args.source)  # merged ones would have their LoRA twice
-    model = LLaST.fresh(config)
-    model.fill_trained(tensors, args.source)
-    return model
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Take a trained LLaST to other programs, or back.")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    out = verbs.add_parser("export", help="merged Hugging Face folders, and adapters for peft")
-    out.add_argument("model", type=Path, help="folder that train.py wrote")
-    back = verbs.add_parser("import", help="the original's checkpoints, or a folder from export")
-    back.add_argument("source", type=Path, help="checkpoint of the original, or exported folder")
-    back.add_argument("--encoder", type=Path, required=True, help="the Whisper it was trained on")
-    back.add_argument("--llm", type=Path, required=True, help="the Llama it was trained on")
-    known = "; an exported folder knows"
-    back.add_argument("--template", choices=TEMPLATES, help=f"its prompt [llama2{known}]")
-    back.add_argument("--window", choices=WINDOWS, help=f"what its encoder was given [30s{known}]")
-    back.add_argument("--lang", help=f"what it can translate, as fr or fr,en-de [paper{known}]")
-    out.add_argument("--encoder", type=Path, help="where the encoder is now, if it has moved")
-    out.add_argument("--llm", type=Path, help="where the LLM is now, if it has moved")
-    for verb in (out, back):
-        verb.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
-    return parser
-
-
-def main() -> int:
-    args = build_parser().parse_args()
-    try:
-        if args.out.exists():
-            raise ValueError(f"{args.out} is there already; name another folder with --out")
-        try:
-            if args.verb == "export":
-                export(LLaST.from_pretrained(args.model, args.encoder, args.llm), args.out)
-            else:
-                import_trained(args).save_pretrained(args.out)
-        except BaseException:  # half of it could pass for the whole
-            shutil.rmtree(args.out, ignore_errors=True)
-            raise
-    except (ValueError, OSError, SafetensorError) as error:
-        print(f"llast.py: {error}", file=sys.stderr)
-        return 2
-    print(f"written to {args.out}: {', '.join(sorted(p.name for p in args.out.iterdir()))}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

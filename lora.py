@@ -6,15 +6,10 @@ A is (R, in), B is (out, R). B starts at zero, so a fresh LoRA changes nothing: 
 LLaST puts one into the speech encoder and one into the LLM ("dual LoRA").
 """
 
-import json
 import math
-import re
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 
@@ -96,60 +91,3 @@ def unmerge_lora(module: nn.Module):
     for layer in lora_layers(module):
         if layer.merged:
             layer.fold(-1)
-
-
-# -------------------------------------------------------------------------- folders that peft reads
-
-PEFT_PREFIX = "base_model.model."
-NOT_BUILT = {  # switches of adapter_config.json that change the computation, with their off state
-    "peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False,
-    "fan_in_fan_out": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
-}  # fmt: skip
-
-
-def save_peft(module: nn.Module, folder, prefix: str = ""):
-    """Write a module's LoRA as an adapter folder for peft; `prefix` is the module's place there."""
-    folder = Path(folder)
-    tensors, layers = {}, lora_layers(module)
-    if not layers:
-        raise ValueError(f"no LoRA to write to {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, layer in module.named_modules():
-        if isinstance(layer, LoRALinear):
-            for part in ("lora_A", "lora_B"):
-                tensor = getattr(layer, part).detach().cpu().contiguous()
-                tensors[f"{PEFT_PREFIX}{prefix}{name}.{part}.weight"] = tensor
-    lasts = sorted({name.split(".")[-3] for name in tensors})
-    rank = len(layers[0].lora_A)
-    config = NOT_BUILT | {
-        "r": rank,
-        "lora_alpha": layers[0].scale * rank,
-        "lora_dropout": layers[0].dropout,
-        "target_modules": rf"{re.escape(prefix)}.*\.({'|'.join(lasts)})",
-        "inference_mode": True,
-    }
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def read_peft(folder, prefix: str = "") -> tuple[float, dict[str, Tensor]]:
-    """Alpha, and A and B of every layer (named as here), of an adapter folder of peft."""
-    folder = Path(folder)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is no LoRA of peft: it has no {name}")
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        stored = load_file(folder / "adapter_model.safetensors")
-    except (ValueError, SafetensorError) as error:
-        raise ValueError(f"the LoRA in {folder} cannot be read, is it whole? {error}") from error
-    asked = {k: config[k] for k, off in NOT_BUILT.items() if (config.get(k) or off) != off}
-    if asked:
-        raise ValueError(f"{folder}/adapter_config.json asks for {asked}, which is not built here")
-    tensors = {}
-    for name, tensor in stored.items():
-        if not name.startswith(PEFT_PREFIX + prefix):
-            raise ValueError(f"{folder}: {name} does not begin with {PEFT_PREFIX + prefix}")
-        name = name.removeprefix(PEFT_PREFIX + prefix).removesuffix(".weight")
-        tensors[name.removesuffix(".default")] = tensor  # a raw state dict names its adapter
-    return config["lora_alpha"], tensors

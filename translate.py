@@ -1,40 +1,31 @@
 """Speech to text with a trained LLaST: beam search, scores, and the command line.
 
     python translate.py --model runs/fr clip.wav other.mp3
-    python translate.py --model runs/fr --test fr,de
 
 Beam search follows transformers' rules, so that both give the same hypotheses. One beam is greedy
 search, and a beam as wide as all sentences is exhaustive search: tests/test_translate.py. Scores
-are sacreBLEU's, and word error rates counted here: tests/test_scores.py.
+are sacreBLEU's.
 """
 
 import argparse
-import ctypes
 import json
 import os
 import sys
-import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import sacrebleu
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-try:
-    import resource
-except ImportError:  # not on Windows; there the memory of a process stays unknown
-    resource = None
-
 from data import SPLITS, Row, end_id, parse_directions, prompt_for, prompt_ids, read_corpus
 from llama import Cache, Llama
-from llast import LLaST, encoder_flops, llm_flops, phase, pick_device, projector_flops
+from llast import LLaST, phase, pick_device
 from lora import merge_lora
 from whisper_encoder import (
     MAX_SECONDS,
@@ -191,7 +182,7 @@ class Translation:
     path: str
     text: str = ""
     score: float | None = None  # log-probability over length ** length_penalty
-    tokens: int = 0  # written for it, ends counted; by a cascade in both its steps
+    tokens: int = 0  # written for it, ends counted
     n_best: list[dict] = field(default_factory=list)  # text and score of each answer, best first
     error: str | None = None
     pieces: list[dict] = field(default_factory=list)  # of a long clip: start and end in s, text
@@ -226,7 +217,7 @@ class Answer:
 
     text: str
     score: float
-    tokens: int  # its end counted; of a cascade those of the transcript, too
+    tokens: int  # its end counted
 
 
 def fill(result: Translation, pieces: list[tuple[int, int, list[Answer]]], n_best: int, space: str):
@@ -302,13 +293,12 @@ def translate(
 ) -> list[Translation]:
     """Translate (task "st") or transcribe ("asr") audio files of any length, in the order given.
 
-    Task "cascade" transcribes and then translates the transcript, which stands where speech would:
-    the same model, to compare with. A clip that cannot be used gets an `error` and an empty text;
+    A clip that cannot be used gets an `error` and an empty text;
     the others are not touched by it. Of a clip over 30 s only the best answer is kept, joined from
     those of its pieces.
     """
     search = beams, length_penalty, max_new_tokens
-    ids = ids_of_prompt(model, "asr" if task == "cascade" else task, source, target)
+    ids = ids_of_prompt(model, task, source, target)
     results = [Translation(str(path)) for path in paths]
     pieces = defaultdict(list)  # of each clip, in order: first sample, last + 1, answers
     was_training = model.training
@@ -316,117 +306,11 @@ def translate(
     heard, embed = waveforms(paths, results, progress), model.encode_speech
     for (i, start, end, _), answers in in_batches(model, ids, heard, embed, batch_size, search):
         pieces[i].append((start, end, answers))
-    if task == "cascade":
-        ids = ids_of_prompt(model, "st", source, target)
-        translate_transcripts(model, ids, pieces, batch_size, search)
     model.train(was_training)
     written = source if task == "asr" else target
     for i, parts in pieces.items():
         fill(results[i], parts, n_best, space="" if written in UNSPACED else " ")
     return results
-
-
-def translate_transcripts(model: LLaST, ids: Tensor, pieces: dict, batch_size: int, search: tuple):
-    """Put in the place of each piece's transcript its translations; of silence there is none."""
-
-    def embed(texts: list[str]) -> list[Tensor]:
-        tokens = [torch.tensor(model.tokenizer.encode(text)) for text in texts]
-        return [model.llm.embed(t.to(model.device)) for t in tokens]
-
-    transcripts = [answers for parts in pieces.values() for *_, answers in parts]
-    for found in transcripts:
-        del found[1:]  # the best is what gets translated
-    said = [(found, found[0].text) for found in transcripts if found[0].text]
-    said.sort(key=lambda one: len(one[-1]))
-    for (found, _), answers in in_batches(model, ids, said, embed, batch_size, search):
-        answers[0].tokens += found[0].tokens
-        found[:] = answers
-
-
-# --------------------------------------------------------------------------------------- the cost
-
-
-class Meter:
-    """What the work inside its `with` blocks costs; for a model whose LoRA is merged.
-
-    The arithmetic is that of formulas, put to the shapes that the parts of the model are given:
-    hooks see those, padding and clips that are done already included, without a word in the search.
-    """
-
-    def __init__(self, model: LLaST):
-        self.seconds, self.flops, self.peak = 0.0, 0, 0
-        self.joules = None if gpu_joules() is None else 0.0
-        self.on_gpu, self.counting = model.device.type == "cuda", False
-        Wc, Lc = model.speech_encoder.config, model.llm.config
-
-        def of_encoder(mel, lengths, n):
-            return len(mel) * sum(encoder_flops(Wc, mel.shape[2] // 2, n))
-
-        def of_layers(x, cos, sin, past, can_attend, asked):
-            (B, T, _), n = x.shape, past[2] if past else 0
-            return B * sum(llm_flops(Lc, T, T if asked is None else len(asked[0]) // B, n))
-
-        self.count(model.speech_encoder, of_encoder)
-        self.count(model.projector, lambda x: projector_flops(Wc, Lc, x.numel() // Wc.d_model))
-        self.count(model.llm.model.layers[-1], of_layers)
-        self.count(model.llm.lm_head, lambda x: 2 * x.numel() * Lc.vocab_size)
-
-    def count(self, module: nn.Module, formula):
-        def hook(_, args):
-            self.flops += formula(*args) if self.counting else 0
-
-        module.register_forward_pre_hook(hook)
-
-    def __enter__(self):
-        if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        self.counting = True
-        self.joules_before, self.began = gpu_joules(), time.perf_counter()
-
-    def __exit__(self, *_):
-        if self.on_gpu:
-            torch.cuda.synchronize()
-            self.peak = max(self.peak, torch.cuda.max_memory_allocated())
-        elif resource:
-            unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes on Linux
-            self.peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # ever, so far
-        self.seconds += time.perf_counter() - self.began
-        if self.joules is not None:
-            self.joules += gpu_joules() - self.joules_before
-        self.counting = False
-
-    def figures(self, results: list[Translation]) -> dict[str, float | None]:
-        """For what came of the work, in s, TFLOP, GB and J; None where nothing counts it."""
-        heard = [result for result in results if not result.error]
-        audio = sum(audio_seconds(result.path) for result in heard)
-        return {
-            "clips": len(heard),
-            "audio_seconds": round(audio, 2),
-            "seconds": round(self.seconds, 3),
-            "real_time_factor": round(self.seconds / audio, 4) if audio else None,
-            "tokens_per_second": round(sum(r.tokens for r in heard) / self.seconds, 1),
-            "tflop": round(self.flops / 1e12, 6),
-            "peak_gb": round(self.peak / 1e9, 3) if self.peak else None,
-            "joules": None if self.joules is None else round(self.joules, 1),
-        }
-
-
-def gpu_joules() -> float | None:
-    """What the GPU has used since its driver was loaded, by its own counter, if it has one."""
-    if not torch.cuda.is_available():
-        return None
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return None
-    uuid = f"GPU-{torch.cuda.get_device_properties().uuid}".encode()
-    device, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
-    failed = (
-        nvml.nvmlInit_v2()
-        or nvml.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(device))
-        or nvml.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(millijoules))
-    )
-    return None if failed else millijoules.value / 1000
 
 
 # ------------------------------------------------------------------------------------------- scores
@@ -462,40 +346,6 @@ def score(hypotheses: list[str], references: list[str], target: str = "en") -> d
     }
 
 
-def edit_distance(a: list | str, b: list | str) -> int:
-    """Fewest insertions, deletions and substitutions that make b of a."""
-    row = list(range(len(b) + 1))  # row[j]: from what was read of a to the first j of b
-    for i, x in enumerate(a, start=1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, start=1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]
-
-
-def error_rates(hypotheses: list[str], references: list[str], language: str) -> dict:
-    """Word and character error rates of transcripts: edits per 100 of the references', all clips.
-
-    Case and punctuation count as they stand. Chinese and Japanese have no words that one could
-    split off, so there each character is one, and both rates are the same.
-    """
-    unspaced = language in UNSPACED
-
-    def characters(text: str) -> str:
-        return ("" if unspaced else " ").join(text.split())
-
-    def rate(units) -> float:
-        pairs = [(units(h), units(r)) for h, r in zip(hypotheses, references, strict=True)]
-        edits = sum(edit_distance(h, r) for h, r in pairs)
-        return round(100 * edits / sum(len(r) for _, r in pairs), 2)
-
-    return {
-        "wer": rate(characters if unspaced else str.split),
-        "cer": rate(characters),
-        "signature": f"case:mixed|punct:kept|words:{'characters' if unspaced else 'spaces'}",
-        "n": len(references),
-    }
-
-
 def read_splits(corpus: Path, source: str, target: str, asked=SPLITS) -> dict[str, list[Row]]:
     """The rows of a direction by split; what of those `asked` for cannot be used is told.
 
@@ -512,34 +362,23 @@ def read_splits(corpus: Path, source: str, target: str, asked=SPLITS) -> dict[st
     return splits
 
 
-def score_rows(model: LLaST, rows: list[Row], tsv: Path | None = None, task="st", **how) -> dict:
-    """Translate or transcribe rows of one direction and score what came of them."""
-    rows = rows_with_reference(rows, task)
+def score_rows(model: LLaST, rows: list[Row], tsv: Path | None = None, **how) -> dict:
+    """Translate rows of one direction and score what came of them."""
     source, target = rows[0].source, rows[0].target
-    results = translate(model, [row.path for row in rows], task, source, target, **how)
-    return score_results(rows, results, tsv, task)
+    metrics(target)  # should a package be missing, say so before the work
+    results = translate(model, [row.path for row in rows], "st", source, target, **how)
+    references = [row.translation for row in rows]
+    failed = write_results(rows, references, results, tsv)
+    return score([r.text for r in results], references, target) | {"failed": failed}
 
 
-def rows_with_reference(rows: list[Row], task: str) -> list[Row]:
-    """All rows; for task "asr", those with a transcript. What scoring needs is seen to be there."""
-    if task != "asr":
-        metrics(rows[0].target)  # should a package be missing, say so before the work
-        return rows
-    spoken, source = [row for row in rows if row.sentence.strip()], rows[0].source
-    if not spoken:
-        raise ValueError(f"none of the {len(rows)} {source} clips has a transcript to compare with")
-    if len(spoken) < len(rows):
-        missing = len(rows) - len(spoken)
-        print(f"{missing} {source} clips have no transcript: left out", file=sys.stderr)
-    return spoken
-
-
-def score_results(rows: list[Row], results: list[Translation], tsv: Path | None, task: str) -> dict:
-    """Scores of the results of rows of one direction; `tsv` gets a line for each.
+def write_results(
+    rows: list[Row], references: list[str], results: list[Translation], tsv: Path | None
+) -> int:
+    """Name the clips that failed, write a line for each to `tsv`. -> how many failed
 
     Nothing is dropped: a clip that failed counts as an empty hypothesis and is named.
     """
-    references = [row.sentence if task == "asr" else row.translation for row in rows]
     failed = [result.error for result in results if result.error]
     for error in failed:
         print(f"scored as an empty text: {error}", file=sys.stderr)
@@ -549,9 +388,7 @@ def score_results(rows: list[Row], results: list[Translation], tsv: Path | None,
             cells = row.path.name, reference, result.text, str(result.score), result.error or ""
             lines.append("\t".join(map(one_line, cells)))
         tsv.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    source, target = rows[0].source, rows[0].target
-    rate, language = (error_rates, source) if task == "asr" else (score, target)
-    return rate([r.text for r in results], references, language) | {"failed": len(failed)}
+    return len(failed)
 
 
 def one_line(text: str) -> str:
@@ -563,53 +400,6 @@ def describe(direction: str, scores: dict) -> str:
     """Scores as one line for a reader, the signature with them."""
     found = [f"{name} {scores[key]:.1f}" for key, name in FIGURES.items() if key in scores]
     return f"{direction} on {scores['n']} clips: {', '.join(found)}  ({scores['signature']})"
-
-
-def table_line(name: str, cells: list) -> str:
-    """A line of a table: a name and columns of numbers."""
-    shown = ["-" if c is None else f"{c:.1f}" if isinstance(c, float) else str(c) for c in cells]
-    return f"{name:<22}" + "".join(f"{cell:>13}" for cell in shown)
-
-
-def table(scores: dict[str, dict]) -> list[str]:
-    """Scores of several directions, their plain mean, and below it each signature once."""
-    figures = [key for key in FIGURES if all(key in found for found in scores.values())]
-    lines = [table_line("direction", ["clips", "failed", *(FIGURES[key] for key in figures)])]
-    for direction, found in scores.items():
-        lines.append(table_line(direction, [found[key] for key in ("n", "failed", *figures)]))
-    means = [sum(found[key] for found in scores.values()) / len(scores) for key in figures]
-    lines.append(table_line(f"average of {len(scores)}", ["", "", *means]))
-    signed = defaultdict(list)
-    for direction, found in scores.items():
-        own = [found[key] for key in ("signature", "chrf_signature") if key in found]
-        signed[",  chrF ".join(own)].append(direction)
-    return lines + [f"{', '.join(names)}: {signature}" for signature, names in signed.items()]
-
-
-PUBLISHED = {
-    "published BLEU": ("fr-en", "ja-en", "de-en", "zh-CN-en", "es-en", "it-en"),
-    "Whisper-large-v2": (36.4, 26.1, 36.3, 18.0, 40.1, 30.9),
-    "SeamlessM4T-large-v2": (42.1, 23.8, 39.9, 22.2, 42.9, 40.0),
-    "Qwen-Audio": (38.5, None, 33.9, 15.7, 39.7, 36.0),
-    "LLaST-2B": (41.2, 24.2, 36.8, 19.2, 43.2, 39.3),
-    "LLaST-8B": (44.1, 24.4, 40.8, 23.3, 45.3, 42.1),
-    "LLaST-14B": (45.1, None, None, None, None, None),
-}
-CAVEAT = """\
-On CoVoST-2's test sets: beside another corpus they compare with nothing. Quoted from Table 2 of a
-later paper (PLaST, AAAI 2026), not from the papers of these models; the 45.1 is the headline in
-summaries of LLaST, and that it is the 14B model's is inferred. Casing differs between papers (the
-code of LLaST lower-cases both sides, as the column "lower-cased" does), and so do the releases of
-Common Voice that the clips come from."""
-
-
-def published(directions: list[str]) -> list[str]:
-    """The published scores of those of the directions that have some, and what to mind."""
-    columns = [i for i, name in enumerate(PUBLISHED["published BLEU"]) if name in directions]
-    if not columns:
-        return [f"no published BLEU at hand for {', '.join(directions)}"]
-    rows = {name: [values[i] for i in columns] for name, values in PUBLISHED.items()}
-    return [*(table_line(name, cells) for name, cells in rows.items() if any(cells)), CAVEAT]
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -670,24 +460,20 @@ def choose_direction(model: LLaST, lang: str | None, where: Path, task: str) -> 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Translate or transcribe with a trained LLaST.")
     add = parser.add_argument
-    add("audio", nargs="*", help="audio files, folders of them, or .txt files with a path a line")
+    add("audio", nargs="+", help="audio files, folders of them, or .txt files with a path a line")
     add("--model", type=Path, help="folder that train.py wrote; without it the newest in runs/")
     add("--lang", help="language spoken, or direction as en-de, if the model knows several")
-    add("--task", choices=("st", "asr", "cascade"), default="st",
-        help="st translates [st], asr transcribes, cascade translates the transcript")  # fmt: skip
+    add("--task", choices=("st", "asr"), default="st",
+        help="st translates [st], asr transcribes")  # fmt: skip
     add("--beams", type=int, default=5, help="beams [5]; 1 is greedy search")
     add("--length-penalty", type=float, default=1.0, help="above 1 favours longer answers [1]")
     add("--max-new-tokens", type=int, default=256, help="longest answer, in tokens [256]")
     add("--n-best", type=int, default=1,
         help="answers to print of an audio file, scored [1]; a clip over 30 s has one")  # fmt: skip
     add("--batch", type=int, default=16, help="clips translated at once [16]")
-    add("--json", action="store_true", help="one JSON object a clip, or a direction with --test")
-    add("--test", metavar="LANGS", help="score the test sets of these directions, as fr,de,en-ja")
-    add("--published", action="store_true", help="print published scores beside those of --test")
-    add("--data", type=Path, help="corpus that --test reads [the one the model was trained on]")
+    add("--json", action="store_true", help="one JSON object a clip")
     add("--compile", action="store_true",
         help="compile each layer: slow at first, then faster; on a CPU it needs g++")  # fmt: skip
-    add("--stats", action="store_true", help="print time, arithmetic, memory and energy at the end")
     add("--encoder", type=Path, help="where the encoder's folder is now, if it has moved")
     add("--llm", type=Path, help="where the LLM's folder is now, if it has moved")
     return parser
@@ -706,77 +492,8 @@ def show(result: Translation, args: argparse.Namespace):
             print(f"{result.path}\t{answer['score']:.3f}\t{one_line(answer['text'])}")
 
 
-def corpus_of(folder: Path) -> Path:
-    """What a model was trained on, by the run.json beside it; without one the embedded corpus."""
-    file = folder / "run.json"
-    if file.is_file():
-        return Path(json.loads(file.read_text())["data"])
-    return HERE / "tiny" / "corpus"
-
-
-def tsv_of(folder: Path, task: str, name: str) -> Path:
-    """Where --test writes every clip; test.*.tsv is that of the training."""
-    return folder / f"scored.{task}.{name}.tsv"
-
-
-def must_be_writable(file: Path):
-    """An error if not; the file is as it was before, or is not there as before."""
-    was_there = file.exists()
-    file.open("a").close()
-    if not was_there:
-        file.unlink()
-
-
-def run_tests(model: LLaST, args, folder: Path, how: dict, meter) -> list[Translation]:
-    """Score the test sets that --test names. -> what came of their clips"""
-    corpus = args.data or corpus_of(folder)
-    tests = {}  # all is looked up before the first clip is translated, which may take hours
-    for source, target in parse_directions(args.test):
-        name = source if args.task == "asr" else f"{source}-{target}"
-        choose_direction(model, name, folder, args.task)  # or an error
-        if name in tests:
-            continue  # a language is transcribed once, whatever it is translated into
-        rows = read_splits(corpus, source, target, asked=["test"])["test"]
-        if not rows:
-            raise ValueError(f"the {source}-{target} corpus in {corpus} has no test clips")
-        tests[name] = rows_with_reference(rows, args.task)
-    for name in tests:
-        must_be_writable(tsv_of(folder, args.task, name))
-    print(f"the corpus: {corpus}", file=sys.stderr)
-    scores, everything = {}, []
-    for name, rows in tests.items():
-        tsv = tsv_of(folder, args.task, name)
-        paths, pair = [row.path for row in rows], (rows[0].source, rows[0].target)
-        with meter:
-            results = translate(model, paths, args.task, *pair, progress=True, **how)
-        everything += results
-        found = scores[name] = score_results(rows, results, tsv, args.task)
-        print(f"every clip with its reference and its hypothesis: {tsv}", file=sys.stderr)
-        if args.json:
-            print(json.dumps({"direction": name, "task": args.task} | found), flush=True)
-        else:  # of several, the table comes last; until then this tells how it goes
-            print(describe(name, found), file=sys.stdout if len(tests) == 1 else sys.stderr)
-    if len(tests) > 1 and not args.json:
-        print(*table(scores), sep="\n")
-    if args.published:
-        print(*published(list(tests)), sep="\n", file=sys.stderr if args.json else sys.stdout)
-    return everything
-
-
-def show_cost(cost: dict[str, float | None], as_json: bool):
-    """On stderr, so that texts and scores stay alone on stdout."""
-    if as_json:
-        print(json.dumps(cost), file=sys.stderr)
-        return
-    for name, value in cost.items():
-        shown = "unknown" if value is None else f"{value:,}"
-        print(f"{name.replace('_', ' '):18}{shown:>12}", file=sys.stderr)
-
-
 def check(args: argparse.Namespace):
     """What a flag alone cannot know to be wrong."""
-    if not args.audio and not args.test:
-        raise ValueError("nothing to do: name audio files, or a test set with --test fr")
     for name in ("beams", "max_new_tokens", "n_best", "batch"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; 1 is the least")
@@ -784,16 +501,8 @@ def check(args: argparse.Namespace):
         raise ValueError(f"--length-penalty is {args.length_penalty}; expected -10 to 10")
     if args.lang and "," in args.lang:
         raise ValueError(f"--lang is {args.lang}; all audio files are in one direction, name one")
-    if args.lang and not args.audio:
-        raise ValueError("--lang is for audio files, and none is named; --test names directions")
-    if args.n_best > 1 and not args.audio:
-        raise ValueError("--n-best is for audio files, and none is named; --test scores one answer")
     if args.n_best > args.beams:
         raise ValueError(f"--n-best {args.n_best} wants that many beams; --beams is {args.beams}")
-    if args.data and not args.test:
-        raise ValueError("--data is the corpus that --test reads; without --test leave it out")
-    if args.published and (args.task == "asr" or not args.test):
-        raise ValueError("--published stands beside the BLEU of --test, which --task asr has not")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -806,24 +515,16 @@ def run(args: argparse.Namespace) -> int:
     with phase("while loading the model", "a smaller one needs less"):
         model = LLaST.from_pretrained(folder, args.encoder, args.llm, device, dtype)
         merge_lora(model, for_good=True)
-    direction = choose_direction(model, args.lang, folder, args.task) if paths else ()
+    direction = choose_direction(model, args.lang, folder, args.task)
     if args.compile:
         model.compile_layers()
     how = {name: getattr(args, name) for name in ("beams", "length_penalty", "max_new_tokens")}
-    how["batch_size"] = args.batch
-    meter = Meter(model) if args.stats else nullcontext()
+    how |= {"batch_size": args.batch, "n_best": args.n_best, "progress": len(paths) > args.batch}
     with phase("even with one clip at a time", "fewer --beams or --max-new-tokens need less"):
-        everything = run_tests(model, args, folder, how, meter) if args.test else []
-        if paths:
-            how |= {"n_best": args.n_best, "progress": len(paths) > args.batch}
-            with meter:
-                results = translate(model, paths, args.task, *direction, **how)
-            for result in results:
-                show(result, args)
-            everything += results
-    if args.stats:
-        show_cost(meter.figures(everything), args.json)
-    return 1 if any(result.error for result in everything) else 0
+        results = translate(model, paths, args.task, *direction, **how)
+    for result in results:
+        show(result, args)
+    return 1 if any(result.error for result in results) else 0
 
 
 def main() -> int:

@@ -47,9 +47,12 @@ from data import (  # noqa: E402
     read_corpus,
 )
 from llama import Llama, LlamaConfig  # noqa: E402
-from llast import LLaST, LLaSTConfig, encoder_flops, export, llm_flops, pick_device  # noqa: E402
+from llast import LLaST, LLaSTConfig, pick_device  # noqa: E402
 from lora import merge_lora  # noqa: E402
-from train import PRESETS, PUBLIC, example_flops  # noqa: E402
+from tools.convert import export  # noqa: E402
+from tools.cost import encoder_flops, llm_flops  # noqa: E402
+from tools.plan import GEOMETRY, example_flops  # noqa: E402
+from train import PRESETS  # noqa: E402
 from translate import beam_search, translate  # noqa: E402
 from whisper_encoder import (  # noqa: E402
     WhisperConfig,
@@ -65,9 +68,9 @@ SMALL_LLM = LlamaConfig(576, 1536, 30, 9, 3, 64, 49152, 1e-5, 10_000.0, False)  
 SIZES = {
     "base-135m": (BASE, SMALL_LLM, 16, 16),
     "llast-2b": (
-        PUBLIC["whisper-large-v2"][2], PUBLIC["TinyLlama-1.1B-Chat-v1.0"][2], 128, 512,
+        GEOMETRY["whisper-large-v2"], GEOMETRY["TinyLlama-1.1B-Chat-v1.0"], 128, 512,
     ),
-    "llast-8b": (PUBLIC["whisper-large-v2"][2], PUBLIC["Llama-2-7b-chat-hf"][2], 128, 512),
+    "llast-8b": (GEOMETRY["whisper-large-v2"], GEOMETRY["Llama-2-7b-chat-hf"], 128, 512),
 }  # fmt: skip
 PROMPT, ANSWER, EOS = 28, 24, 2  # tokens of a made-up row, the end included in the answer
 NEVER = -1  # an end that no model writes: random answers then all have the length that is counted

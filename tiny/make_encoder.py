@@ -31,7 +31,7 @@ from speak import make_room_for_inventions, recording, write_opus
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from data import group, read_corpus  # noqa: E402
 from llama import Llama, Tokenizer  # noqa: E402
-from translate import edit_distance  # noqa: E402
+from tools.evaluate import edit_distance  # noqa: E402
 from whisper_encoder import (  # noqa: E402
     WhisperConfig,
     WhisperEncoder,

@@ -1,4 +1,4 @@
-"""translate.py's scores: sacreBLEU by target, error rates, whole test sets, published numbers."""
+"""tools/evaluate.py: scores by target, error rates, whole test sets, published numbers."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""train.py --plan: its parameters, memory and arithmetic are those of the model that is built."""
+"""tools/plan.py: its parameters, memory and arithmetic are those of the model that is built."""
 
 import re
 import sys
@@ -15,8 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import toys
 import train
 from data import AUDIO_ID, IGNORE, Batch
-from llast import LLaST, LLaSTConfig, encoder_flops
+from llast import LLaST, LLaSTConfig
 from lora import merge_lora
+from tools import plan
+from tools.cost import encoder_flops
 from translate import beam_search
 
 # Published by the paper's configurations: facts of the system, not of this code.
@@ -27,15 +29,14 @@ COUNTS = {
 }
 
 
-def planned(monkeypatch, capsys, *flags) -> str:
-    monkeypatch.setattr(sys, "argv", ["train.py", "--plan", *flags])
-    assert train.main() == 0
+def planned(capsys, *flags) -> str:
+    assert plan.main([*flags]) == 0
     return capsys.readouterr().out
 
 
 @pytest.mark.parametrize("preset", COUNTS)
-def test_the_papers_systems_have_their_number_of_parameters(monkeypatch, capsys, preset):
-    lines = planned(monkeypatch, capsys, "--preset", preset).splitlines()
+def test_the_papers_systems_have_their_number_of_parameters(capsys, preset):
+    lines = planned(capsys, preset).splitlines()
     table = {line[:14].strip(): line[14:].split() for line in lines[2:8]}
     assert table["encoder"] == ["0", "636,784,640"]
     assert table["encoder LoRA"] == ["94,371,840", "0"]
@@ -43,23 +44,23 @@ def test_the_papers_systems_have_their_number_of_parameters(monkeypatch, capsys,
         assert table[part] == [f"{n:,}", "0"]
 
 
-def test_the_papers_mix_has_its_number_of_rows(monkeypatch, capsys):
-    out = planned(monkeypatch, capsys, "--preset", "llast-2b")
+def test_the_papers_mix_has_its_number_of_rows(capsys):
+    out = planned(capsys, "llast-2b")
     assert "an epoch    2,065,970 rows" in out
-    fewer = planned(monkeypatch, capsys, "--preset", "llast-2b", "--en-step", "10")
+    fewer = planned(capsys, "llast-2b", "--en-step", "10")
     assert f"an epoch    {2_065_970 - 4 * (289_430 - 28_943):,} rows" in fewer
 
 
-def test_the_plan_says_what_to_fetch_and_how(monkeypatch, capsys):
-    out = planned(monkeypatch, capsys, "--preset", "llast-8b")
+def test_the_plan_says_what_to_fetch_and_how(capsys):
+    out = planned(capsys, "llast-8b")
     assert "hf download openai/whisper-large-v2 config.json model.safetensors --local-dir" in out
     assert "hf download NousResearch/Llama-2-7b-chat-hf --exclude '*.bin' --local-dir" in out
-    assert "prepare covost2 --common-voice CV --covost COVOST --lang paper --out" in out
+    assert "prepare.py covost2 --common-voice CV --covost COVOST --lang paper --out" in out
 
 
 @pytest.mark.parametrize("preset", COUNTS)
-def test_the_readme_says_what_the_plan_says(monkeypatch, capsys, preset):
-    out = planned(monkeypatch, capsys, "--preset", preset)
+def test_the_readme_says_what_the_plan_says(capsys, preset):
+    out = planned(capsys, preset)
     [total] = re.findall(r"^    all +([\d.]+)$", out, re.M)
     readme = (Path(train.__file__).parent / "README.md").read_text()
     [claimed] = re.findall(rf"^\| `{preset}` \|.*\| ([\d.]+) GB \| `python", readme, re.M)
@@ -72,14 +73,14 @@ def test_training_without_the_weights_says_how_to_get_them(monkeypatch, capsys):
     assert "whisper-large-v2 is not there; get it with" in capsys.readouterr().err
 
 
-def test_the_embedded_default_is_planned_on_its_own_corpus(monkeypatch, capsys):
-    out = planned(monkeypatch, capsys, "--lang", "fr")
+def test_the_embedded_default_is_planned_on_its_own_corpus(capsys):
+    out = planned(capsys, "tiny", "--lang", "fr")
     assert "training rows in" in out and "fr-en              1,360       1,360" in out
-    out = planned(monkeypatch, capsys, "--lang", "fr,de", "--clips", "300")
+    out = planned(capsys, "tiny", "--lang", "fr,de", "--clips", "300")
     assert "fr-en                300         300" in out and "de-en                300" in out
 
 
-def test_only_clips_with_a_transcript_are_planned_to_be_transcribed(tmp_path, monkeypatch, capsys):
+def test_only_clips_with_a_transcript_are_planned_to_be_transcribed(tmp_path, capsys):
     clips = train.TINY / "corpus" / "fr" / "clips"
     (tmp_path / "fr").mkdir()
     (tmp_path / "fr" / "clips").symlink_to(clips)
@@ -89,10 +90,10 @@ def test_only_clips_with_a_transcript_are_planned_to_be_transcribed(tmp_path, mo
     (tmp_path / "fr" / "validated.tsv").write_text("\n".join(["path\tsentence", *said]))
     table = tmp_path / "fr" / "covost_v2.fr_en.tsv"
     table.write_text("\n".join(["path\ttranslation\tsplit", *translated]))
-    out = planned(monkeypatch, capsys, "--lang", "fr", "--data", str(tmp_path))
+    out = planned(capsys, "tiny", "--lang", "fr", "--data", str(tmp_path))
     assert "fr-en                  4           1" in out
     table.write_text("path\ttranslation\tsplit\n")
-    assert train.main() == 2
+    assert plan.main(["tiny", "--lang", "fr", "--data", str(tmp_path)]) == 2
     assert "the fr-en corpus in" in capsys.readouterr().err
 
 
@@ -101,7 +102,7 @@ def test_only_clips_with_a_transcript_are_planned_to_be_transcribed(tmp_path, mo
 SIZES = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=8,
              num_key_value_heads=2, head_dim=8)  # fmt: skip
 WIDE = dict(d_model=48, encoder_layers=3, encoder_attention_heads=6, encoder_ffn_dim=192)
-B, S, P = 2, 40, 40 + train.TEXT
+B, S, P = 2, 40, 40 + plan.TEXT
 
 
 def settings_for(folder, **changes) -> train.Preset:
@@ -123,8 +124,8 @@ def built(tmp_path):
         model = LLaST.fresh(train.model_config(settings), torch.bfloat16)
         model.speech_encoder.recompute = settings.recompute == "all"
         model.llm.recompute = settings.recompute != "none"
-        prompt = [1, AUDIO_ID] + [5] * (train.TEXT - train.ANSWER - 1)
-        answer = [7] * train.ANSWER
+        prompt = [1, AUDIO_ID] + [5] * (plan.TEXT - plan.ANSWER - 1)
+        answer = [7] * plan.ANSWER
         batch = Batch(
             [torch.sin(torch.arange(320 * S) / 7.0)] * B,
             torch.tensor([prompt + answer] * B),
@@ -157,13 +158,13 @@ def kept_bytes(model, batch) -> int:
 def test_activations_are_what_the_backward_pass_keeps(built, dropout):
     settings, model, batch = built(dropout=dropout, encoder_rank=4, llm_rank=6)
     W, L = model.speech_encoder.config, model.llm.config
-    planned = train.activation_bytes(settings, W, L, B, S, P)
-    planned -= B * train.ANSWER * 6 * L.vocab_size  # logits: 6 of 10 bytes are soon gone again
+    planned = plan.activation_bytes(settings, W, L, B, S, P)
+    planned -= B * plan.ANSWER * 6 * L.vocab_size  # logits: 6 of 10 bytes are soon gone again
     if dropout:  # a CPU's mask takes two bytes for each input of a LoRA, a GPU's takes one
         in_encoder = W.encoder_layers * (5 * W.d_model + W.encoder_ffn_dim)
         in_llm = L.num_hidden_layers * (6 * L.hidden_size + L.intermediate_size)
         in_last_mlp = 2 * L.hidden_size + L.intermediate_size  # works on answers alone
-        planned += B * (S * in_encoder + P * in_llm - (P - train.ANSWER) * in_last_mlp)
+        planned += B * (S * in_encoder + P * in_llm - (P - plan.ANSWER) * in_last_mlp)
     assert kept_bytes(model, batch) == pytest.approx(planned, rel=0.1)
 
 
@@ -173,7 +174,7 @@ def test_recomputing_saves_what_the_plan_says(built, recompute):
     _, again, _ = built(encoder_rank=4, llm_rank=6, recompute=recompute)
 
     def planned(W, L, recompute="none"):
-        return train.activation_bytes(replace(settings, recompute=recompute), W, L, B, S, P)
+        return plan.activation_bytes(replace(settings, recompute=recompute), W, L, B, S, P)
 
     W, L = plain.speech_encoder.config, plain.llm.config
     everything = planned(W, L)
@@ -209,17 +210,17 @@ class Live(TorchDispatchMode):
 @pytest.mark.parametrize("window, beams", [("30s", 5), ("clip", 5), ("clip", 80)])
 def test_translating_takes_the_memory_that_is_planned(built, monkeypatch, window, beams):
     """The encoder takes the most, or the prompts, or the steps."""
-    monkeypatch.setattr(train, "CLIPS", B)
+    monkeypatch.setattr(plan, "CLIPS", B)
     settings, model, batch = built(times=8, beams=beams, window=window)
     merge_lora(model.eval())
-    ids = batch.ids[0, : train.TEXT - train.ANSWER]
+    ids = batch.ids[0, : plan.TEXT - plan.ANSWER]
     with torch.no_grad(), Live(model) as live:
         prompts = [model.splice(ids, heard) for heard in model.encode_speech(batch.audio)]
         # Without its inference mode, in which no tensor could be watched.
-        beam_search.__wrapped__(model.llm, prompts, [-1], beams, 1.0, train.ANSWER)
+        beam_search.__wrapped__(model.llm, prompts, [-1], beams, 1.0, plan.ANSWER)
     W, L = model.speech_encoder.config, model.llm.config
     states = W.max_source_positions if window == "30s" else S
-    planned = train.translation_bytes(settings, W, L, states, P - train.ANSWER)
+    planned = plan.translation_bytes(settings, W, L, states, P - plan.ANSWER)
     assert live.peak == pytest.approx(planned, rel=0.1)
 
 
@@ -237,7 +238,7 @@ def test_arithmetic_is_what_a_training_step_does(built, recompute, window):
         model(batch).sum().backward()
     W, L = model.speech_encoder.config, model.llm.config
     states = W.max_source_positions if window == "30s" else S
-    planned = B * train.example_flops(settings, W, L, states, S, train.TEXT, train.ANSWER)
+    planned = B * plan.example_flops(settings, W, L, states, S, plan.TEXT, plan.ANSWER)
     again = recompute == "all"
     planned -= (3.5 + again) * B * encoder_flops(W, states, S)[2]  # it leaves this out as well
     assert counter.get_total_flops() == pytest.approx(planned, rel=0.04)

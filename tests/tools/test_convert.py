@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ import llast
 import toys
 from data import AUDIO_ID
 from llast import LLaST, LLaSTConfig
-from lora import read_peft
+from tools import convert
+from tools.convert import export, read_peft
 from translate import beam_search
 
 EOS = 2
@@ -40,8 +42,8 @@ def trained_model(bases: Path, **changes) -> LLaST:
 
 
 def command(monkeypatch, *words) -> int:
-    monkeypatch.setattr(sys, "argv", ["llast.py", *map(str, words)])
-    return llast.main()
+    monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, words)])
+    return convert.main()
 
 
 def assert_close(ours, theirs):
@@ -83,7 +85,7 @@ def test_the_merged_folders_compute_the_same_in_transformers(published):
     states, logits = model.speech_encoder(MEL), model.llm(IDS)
     prompts = list(model.llm.embed(IDS))
     answers = beam_search(model.llm, prompts, [EOS], beams=1, max_new_tokens=8)
-    llast.export(model, published / "out")
+    export(model, published / "out")
     assert_close(model.speech_encoder(MEL), states)  # merged by now
     assert_close(model.llm(IDS), logits)
 
@@ -116,7 +118,7 @@ def test_the_adapters_compute_the_same_in_peft(published):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     model = trained_model(published)
     states, logits = model.speech_encoder(MEL), model.llm(IDS)
-    llast.export(model, published / "out")
+    export(model, published / "out")
     whisper = transformers.WhisperModel.from_pretrained(published / "whisper")
     whisper = peft.PeftModel.from_pretrained(whisper, published / "out" / "encoder-lora")
     assert_close(whisper.eval().base_model.model.encoder(MEL).last_hidden_state, states)
@@ -161,7 +163,7 @@ def test_exported_and_imported_again_nothing_has_changed(bases, monkeypatch, cap
 
 @pytest.mark.parametrize("merged", ["whisper", "llama"])
 def test_an_import_onto_merged_bases_is_refused(bases, monkeypatch, capsys, merged):
-    llast.export(trained_model(bases), bases / "out")
+    export(trained_model(bases), bases / "out")
     at = {name: bases / name for name in ("whisper", "llama")} | {merged: bases / "out" / merged}
     words = ["import", bases / "out", "--encoder", at["whisper"], "--llm", at["llama"]]
     assert command(monkeypatch, *words, "--out", bases / "back") == 2
@@ -174,8 +176,8 @@ def test_the_merged_folders_are_a_llast_without_lora(bases):
     ids = torch.tensor([1, 300, AUDIO_ID, 301])
     speech = model.encode_speech([torch.sin(torch.arange(4000) / 9.0)])[0]
     expected = model.llm.hidden(model.splice(ids, speech)[None])[0]
-    llast.export(model, bases / "out")
-    config = llast.replace(
+    export(model, bases / "out")
+    config = replace(
         model.config, encoder=str(bases / "out" / "whisper"), llm=str(bases / "out" / "llama"),
         encoder_rank=0, llm_rank=0,
     )  # fmt: skip
@@ -199,14 +201,14 @@ def test_tied_tensors_of_a_bin_file_are_written_each(bases):
     torch.save(stored, bases / "whisper" / "pytorch_model.bin")
     file.unlink()
     llast.fingerprint.cache_clear()
-    llast.export(model, bases / "out")
+    export(model, bases / "out")
     written = load_file(bases / "out" / "whisper" / "model.safetensors")
     assert torch.equal(written["proj_out.weight"], stored["proj_out.weight"])
 
 
 def test_what_fails_half_way_leaves_nothing(bases, monkeypatch, capsys):
     trained_model(bases).save_pretrained(bases / "run")
-    llast.export(trained_model(bases), bases / "whole")
+    export(trained_model(bases), bases / "whole")
     back = ["import", bases / "whole", "--encoder", bases / "whisper", "--llm", bases / "llama"]
 
     def fail(tensors, file, *_):
@@ -215,27 +217,28 @@ def test_what_fails_half_way_leaves_nothing(bases, monkeypatch, capsys):
     for words in (["export", bases / "run"], back):
         with monkeypatch.context() as patch:
             patch.setattr(llast, "save_file", fail)
+            patch.setattr(convert, "save_file", fail)
             assert command(patch, *words, "--out", bases / "out") == 2
-        assert capsys.readouterr().err == "llast.py: I/O error: No space left on device\n"
+        assert capsys.readouterr().err == "convert.py: I/O error: No space left on device\n"
         assert not (bases / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["llm-lora/adapter_model", "projector", "encoder-lora/adapter"])
 def test_a_damaged_file_of_an_export_is_refused(bases, monkeypatch, capsys, name):
-    llast.export(trained_model(bases), bases / "out")
+    export(trained_model(bases), bases / "out")
     ending = "_config.json" if name.endswith("adapter") else ".safetensors"
     (bases / "out" / f"{name}{ending}").write_bytes(b"{")
     words = ["import", bases / "out", "--encoder", bases / "whisper", "--llm", bases / "llama"]
     assert command(monkeypatch, *words, "--out", bases / "back") == 2
     told = capsys.readouterr().err
-    assert told.startswith("llast.py: ") and "cannot be read" in told
+    assert told.startswith("convert.py: ") and "cannot be read" in told
 
 
 @pytest.mark.parametrize(
     "change", [{"use_dora": True}, {"bias": "all"}, {"rank_pattern": {"q_proj": 3}}]
 )
 def test_an_adapter_of_another_kind_is_refused_by_name(bases, change):
-    llast.export(trained_model(bases), bases / "out")
+    export(trained_model(bases), bases / "out")
     file = bases / "out" / "llm-lora" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(ValueError, match=f"asks for .*{next(iter(change))}.*not built here"):
@@ -243,7 +246,7 @@ def test_an_adapter_of_another_kind_is_refused_by_name(bases, change):
 
 
 def test_an_adapter_of_another_model_is_refused(bases):
-    llast.export(trained_model(bases), bases / "out")
+    export(trained_model(bases), bases / "out")
     with pytest.raises(ValueError, match="does not begin with base_model.model.encoder."):
         read_peft(bases / "out" / "llm-lora", "encoder.")
 

@@ -1,0 +1,134 @@
+"""What a model costs: arithmetic by formula, time, memory and energy by measurement."""
+
+import ctypes
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+try:
+    import resource
+except ImportError:  # not on Windows; there the memory of a process stays unknown
+    resource = None
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository, whatever the folder is
+
+from llama import LlamaConfig
+from llast import LLaST
+from translate import Translation
+from whisper_encoder import WhisperConfig, audio_seconds
+
+# Multiplications and additions of a forward pass, without LoRA: merged, it costs nothing.
+# Wc and Lc are the configurations of both bases.
+
+
+def encoder_flops(Wc: WhisperConfig, S: int, n: int) -> tuple[int, int, int]:
+    """Of S states, the first n of them needed: convolutions, linear layers, attention."""
+    Da, all_but_last = Wc.d_model, Wc.encoder_layers - 1
+    convolutions = 12 * S * Wc.num_mel_bins * Da + 6 * S * Da * Da
+    keys_and_values, others = 2 * Da * Da, 2 * Da * Da + 2 * Da * Wc.encoder_ffn_dim
+    linears = 2 * (Wc.encoder_layers * S * keys_and_values + (all_but_last * S + n) * others)
+    return convolutions, linears, 4 * (all_but_last * S + n) * S * Da
+
+
+def projector_flops(Wc: WhisperConfig, Lc: LlamaConfig, S: int) -> int:
+    D = Lc.hidden_size
+    return 2 * S * (Wc.d_model * D + 2 * D * D)
+
+
+def llm_flops(Lc: LlamaConfig, T: int, asked: int, past: int = 0) -> tuple[int, int]:
+    """Of T positions after `past` others, the vocabulary left out: linear layers, attention.
+
+    The last MLP works on the `asked` of the T.
+    """
+    D, layers, q = Lc.hidden_size, Lc.num_hidden_layers, Lc.num_attention_heads * Lc.head_dim
+    kv = Lc.num_key_value_heads * Lc.head_dim
+    linears = 2 * T * layers * (2 * D * q + 2 * D * kv)
+    linears += 2 * ((layers - 1) * T + asked) * 3 * D * Lc.intermediate_size
+    seen = T * past + T * (T + 1) // 2  # positions before it and itself, of each of the T
+    return linears, 4 * layers * q * seen
+
+
+class Meter:
+    """What the work inside its `with` blocks costs; for a model whose LoRA is merged.
+
+    The arithmetic is that of formulas, put to the shapes that the parts of the model are given:
+    hooks see those, padding and clips that are done already included, without a word in the search.
+    """
+
+    def __init__(self, model: LLaST):
+        self.seconds, self.flops, self.peak = 0.0, 0, 0
+        self.joules = None if gpu_joules() is None else 0.0
+        self.on_gpu, self.counting = model.device.type == "cuda", False
+        Wc, Lc = model.speech_encoder.config, model.llm.config
+
+        def of_encoder(mel, lengths, n):
+            return len(mel) * sum(encoder_flops(Wc, mel.shape[2] // 2, n))
+
+        def of_layers(x, cos, sin, past, can_attend, asked):
+            (B, T, _), n = x.shape, past[2] if past else 0
+            return B * sum(llm_flops(Lc, T, T if asked is None else len(asked[0]) // B, n))
+
+        self.count(model.speech_encoder, of_encoder)
+        self.count(model.projector, lambda x: projector_flops(Wc, Lc, x.numel() // Wc.d_model))
+        self.count(model.llm.model.layers[-1], of_layers)
+        self.count(model.llm.lm_head, lambda x: 2 * x.numel() * Lc.vocab_size)
+
+    def count(self, module: nn.Module, formula):
+        def hook(_, args):
+            self.flops += formula(*args) if self.counting else 0
+
+        module.register_forward_pre_hook(hook)
+
+    def __enter__(self):
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        self.counting = True
+        self.joules_before, self.began = gpu_joules(), time.perf_counter()
+
+    def __exit__(self, *_):
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated())
+        elif resource:
+            unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes on Linux
+            self.peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # ever, so far
+        self.seconds += time.perf_counter() - self.began
+        if self.joules is not None:
+            self.joules += gpu_joules() - self.joules_before
+        self.counting = False
+
+    def figures(self, results: list[Translation]) -> dict[str, float | None]:
+        """For what came of the work, in s, TFLOP, GB and J; None where nothing counts it."""
+        heard = [result for result in results if not result.error]
+        audio = sum(audio_seconds(result.path) for result in heard)
+        return {
+            "clips": len(heard),
+            "audio_seconds": round(audio, 2),
+            "seconds": round(self.seconds, 3),
+            "real_time_factor": round(self.seconds / audio, 4) if audio else None,
+            "tokens_per_second": round(sum(r.tokens for r in heard) / self.seconds, 1),
+            "tflop": round(self.flops / 1e12, 6),
+            "peak_gb": round(self.peak / 1e9, 3) if self.peak else None,
+            "joules": None if self.joules is None else round(self.joules, 1),
+        }
+
+
+def gpu_joules() -> float | None:
+    """What the GPU has used since its driver was loaded, by its own counter, if it has one."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    uuid = f"GPU-{torch.cuda.get_device_properties().uuid}".encode()
+    device, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
+    failed = (
+        nvml.nvmlInit_v2()
+        or nvml.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(device))
+        or nvml.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(millijoules))
+    )
+    return None if failed else millijoules.value / 1000
