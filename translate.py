@@ -33,7 +33,6 @@ from whisper_encoder import (
     AudioError,
     audio_seconds,
     load_audio,
-    split_at_quiet,
 )
 
 HERE = Path(__file__).parent
@@ -186,6 +185,25 @@ class Translation:
     n_best: list[dict] = field(default_factory=list)  # text and score of each answer, best first
     error: str | None = None
     pieces: list[dict] = field(default_factory=list)  # of a long clip: start and end in s, text
+
+
+def split_at_quiet(audio: Tensor, most: int) -> list[tuple[int, int]]:
+    """Pieces of at most `most` samples, cut where a long clip is quietest. (N,) -> [(start, end)]
+
+    A cut is the middle of the quietest 0.2 s in the second half of what a piece may take.
+    """
+    width = min(SAMPLE_RATE // 5, most - most // 2)
+    pieces, start = [], 0
+    while len(audio) - start > most:
+        first = start + most // 2
+        energy = audio[first : start + most].double().square().cumsum(dim=0)
+        energy = torch.nn.functional.pad(energy, (1, 0))
+        loudness = energy[width:] - energy[:-width]  # of the window that starts at each sample
+        last_minimum = len(loudness) - 1 - int(loudness.flip(0).argmin())  # so few pieces
+        cut = first + last_minimum + (width + 1) // 2
+        pieces.append((start, cut))
+        start = cut
+    return [*pieces, (start, len(audio))]
 
 
 def waveforms(paths: list, results: list[Translation], progress: bool) -> Iterator[tuple]:

@@ -25,8 +25,8 @@ from data import AUDIO_ID
 from llama import Llama, LlamaConfig, Tokenizer
 from llast import LLaST, LLaSTConfig
 from lora import merge_lora
-from translate import beam_search
-from whisper_encoder import load_audio, split_at_quiet
+from translate import beam_search, split_at_quiet
+from whisper_encoder import load_audio
 
 # -------------------------------------------------------------------------------------- beam search
 
@@ -316,6 +316,31 @@ def test_translating_is_without_dropout_and_leaves_the_training_mode_as_it_was(
 
 
 # --------------------------------------------------------------------------------------- long audio
+
+
+def test_a_long_clip_is_cut_in_the_middle_of_its_pauses():
+    audio = torch.tensor(toys.tone(440, 16000, 10.0)).float()
+    for pause in (3.3, 6.5, 8.9):  # seconds
+        audio[round(pause * 16000) :][:3200] = 0  # 0.2 s, the window
+    pieces = split_at_quiet(audio, 4 * 16000)
+    expected = [(0, 54400), (54400, 105600), (105600, 160000)]
+    np.testing.assert_allclose(pieces, expected, atol=2)  # a tone may be at zero beside a pause
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 999, 1000, 1001, 1002, 2500])
+@pytest.mark.parametrize("most", [1, 2, 3, 1000])
+@pytest.mark.parametrize("kind", ["silence", "constant", "noise"])
+def test_pieces_cover_a_clip_without_gap_and_none_is_too_long(n, most, kind):
+    noise = torch.randn(n, generator=torch.Generator().manual_seed(n))
+    audio = {"silence": torch.zeros(n), "constant": torch.ones(n), "noise": noise}[kind]
+    pieces = split_at_quiet(audio, most)
+    assert pieces == split_at_quiet(audio.clone(), most)
+    assert pieces[0][0] == 0 and pieces[-1][1] == n
+    assert all(a[1] == b[0] for a, b in zip(pieces, pieces[1:]))
+    assert all(end - start <= most for start, end in pieces)
+    assert all(end - start >= most // 2 for start, end in pieces[:-1])
+    if n <= most:
+        assert len(pieces) == 1
 
 
 @pytest.fixture(scope="module")
