@@ -429,7 +429,8 @@ def test_a_published_geometry_is_built_with_its_number_of_parameters(tmp_path, n
 
 def resident() -> int:
     """Bytes of this process that are its own, files that are mapped not counted."""
-    fields = dict(line.split(":") for line in open("/proc/self/status") if line.startswith("Rss"))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = dict(line.split(":") for line in lines if line.startswith("Rss"))
     return int(fields["RssAnon"].split()[0]) * 1024
 
 
