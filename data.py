@@ -15,6 +15,7 @@ import os
 import random
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -86,13 +87,13 @@ def parse_direction(text: str) -> tuple[str, str]:
 # ------------------------------------------------------------------------------------------ corpora
 
 SPLITS = ("train", "dev", "test")
-UNUSED_SPLIT = "extended dev or test"  # reason to leave out a row in which nothing is wrong
+VISIBLE = re.compile(r"[^\s\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
 csv.field_size_limit(1 << 30)  # one cell may be longer than the 128 KiB that Python allows
 
 
 @dataclass(frozen=True)
 class Row:
-    """One clip of a corpus and what is said in it, in two languages."""
+    """One clip of a corpus, and what is said in it in two languages."""
 
     path: Path
     sentence: str
@@ -102,24 +103,60 @@ class Row:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One row of a corpus as its tables have it."""
+def write_table(path: Path, columns, rows):
+    """Write a tab-separated table. read_table, pandas and spreadsheets read the same cells again.
 
-    where: str  # table and line, for messages
-    path: str  # inside the folder of the clips
-    sentence: str
-    translation: str
-    split: str
+    A cell with a quotation mark is put in quotation marks, as csv does it, and the mark is doubled.
+    A tab or a line break in a cell becomes a space. The table replaces an older one only when it
+    is complete.
+    """
+    lines = ["\t".join(map(quote, row)) for row in (columns, *rows)]
+    part = path.with_name(path.name + ".part")
+    part.write_bytes("\n".join([*lines, ""]).encode(errors="backslashreplace"))
+    part.replace(path)
 
 
-def read_cells(path: Path, escape: str | None):
-    """Line number and cells of each row of a tab-separated table; a quote is a character."""
+def quote(cell) -> str:
+    text = re.sub(r"[\t\r\n]+", " ", str(cell))
+    return '"' + text.replace('"', '""') + '"' if '"' in text else text
+
+
+def read_table(
+    path: Path, columns, optional=(), header: list[str] | None = None, **dialect
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield place ("FILE:LINE", for messages) and named cells of each row of a tab-separated table.
+
+    A table without a line of column names needs `header`. `dialect` is for csv.reader: without it,
+    cells are quoted as write_table, pandas and spreadsheets do it.
+    """
+    rows, file = read_cells(path, dialect or {"strict": True}), str(path)
+    line, header = (1, header) if header else next(rows, (1, None))
+    if header is None:
+        raise ValueError(f"{path}:1: expected a header with {list(columns)}, found an empty file")
+    if missing := [name for name in columns if name not in header]:
+        raise ValueError(
+            f"{path}:{line}: no column {missing} in the header {header}; "
+            "write the column names in the first line, with tabs between them"
+        )
+    wanted = [(name, header.index(name)) for name in (*columns, *optional) if name in header]
+    for line, cells in rows:
+        if len(cells) != len(header):
+            raise ValueError(
+                f"{path}:{line}: expected {len(header)} cells ({', '.join(header)}), found "
+                f"{len(cells)}; write exactly one tab between two cells"
+            )
+        yield f"{file}:{line}", {name: cells[i] for name, i in wanted}
+
+
+def read_cells(path: Path, dialect: dict):
+    """Yield line number and cells of each row of a tab-separated table."""
     with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE, escapechar=escape)
+        rows = csv.reader(file, delimiter="\t", **dialect)
         line = 1
         try:
             for cells in rows:
+                if rows.line_num > line and "strict" in dialect:
+                    raise csv.Error("a cell in quotation marks contains a line break")
                 if cells:
                     yield line, cells
                 line = rows.line_num + 1
@@ -129,7 +166,10 @@ def read_cells(path: Path, escape: str | None):
                 f"({error.reason}); save the table as UTF-8"
             ) from error
         except csv.Error as error:
-            raise ValueError(f"{path}:{line}: {error}") from error
+            raise ValueError(
+                f"{path}:{line}: {error}; a cell that begins with a quotation mark must end with "
+                'one, and marks inside it must be doubled: "He said ""no"" to me."'
+            ) from error
 
 
 def first_line_not_utf8(path: Path) -> int:
@@ -141,136 +181,111 @@ def first_line_not_utf8(path: Path) -> int:
                 return line
 
 
-def read_tsv(
-    path: Path,
-    columns: tuple[str, ...],
-    optional: tuple[str, ...] = (),
-    header: list[str] | None = None,
-    escape: str | None = "\\",
-) -> dict[int, dict[str, str]]:
-    """The columns of a tab-separated table by line. A backslash escapes; a quote does nothing.
+def path_inside(name: str, clips: Path, files: set[str], where: str) -> str:
+    """The path of a clip from the folder of clips on. A path that leads out of it is an error.
 
-    A table without a line of names has them in `header`.
+    What is in `files` (from list_files) is inside. To follow the links of each clip would be slow.
     """
-    rows, table = read_cells(path, escape), {}
-    line, header = (1, header) if header else next(rows, (1, None))
-    if header is None:
-        raise ValueError(f"{path}:1: expected a header with {list(columns)}, found an empty file")
-    missing = [name for name in columns if name not in header]
-    if missing:
-        raise ValueError(f"{path}:{line}: no column {missing} in the header {header}")
-    wanted = [(name, header.index(name)) for name in (*columns, *optional) if name in header]
-    for line, cells in rows:
-        if len(cells) != len(header):
-            raise ValueError(
-                f"{path}:{line}: expected {len(header)} cells ({', '.join(header)}), found "
-                f"{len(cells)}; is there a bare tab, or a backslash before one?"
+    if name in files:
+        return name
+    if name and "\0" not in name and ".." not in Path(name).parts:
+        real, folder = os.path.realpath(clips / name), os.path.realpath(clips)
+        if real.startswith(folder + os.sep):
+            path = Path(real).relative_to(folder) if Path(name).is_absolute() else Path(name)
+            return path.as_posix()
+    raise ValueError(
+        f"{where}: the path {name!r} is not inside the audio folder {clips}; "
+        "move the clip there and write its path from that folder on"
+    )
+
+
+def list_files(folder) -> Iterator[str]:
+    """Paths of all files below a folder, from that folder on. Links are left out."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_file(follow_symlinks=False):
+                yield entry.name
+            elif entry.is_dir(follow_symlinks=False):
+                yield from (f"{entry.name}/{name}" for name in list_files(entry.path))
+
+
+def is_blank(text: str) -> bool:
+    """Whether no character of a text is visible, as in a cell of zero-width spaces."""
+    return not VISIBLE.search(text)
+
+
+def find_corpus(root: Path, source: str, target: str) -> tuple[Path, Path]:
+    """The table and the folder of clips of one direction."""
+    folder = root / check_language(source)
+    table, clips = folder / f"{source}-{target}.tsv", folder / "clips"
+    for path in (table, clips):
+        if not path.exists():
+            tables = root.glob("*/*-*.tsv")
+            have = sorted(p.stem for p in tables if p.name.startswith(f"{p.parent.name}-"))
+            raise FileNotFoundError(
+                f"no {source}-{target} corpus in {root}: {path} does not exist. Corpora there: "
+                f"{', '.join(have) or 'none'}. Name another folder with --data, or make the corpus "
+                "with tools/prepare.py"
             )
-        table[line] = {name: cells[i] for name, i in wanted}
-    return table
-
-
-def clip_path(clips: Path, name: str, where: str) -> Path:
-    """The file that a table names. A name that leads out of the folder of clips is refused."""
-    path, parts = clips / name, Path(name).parts
-    odd = not parts or ".." in parts or "\0" in name or Path(name).is_absolute()
-    # Following links is slow, and a plain name of a plain file cannot lead anywhere. A folder of
-    # clips that is itself a link is fine: what counts is whether a file stays in it.
-    plain = len(parts) == 1 and not os.path.islink(path)  # unlike Path's, for a name of any length
-    if odd or not (plain or path.resolve().is_relative_to(clips.resolve())):
-        raise ValueError(f"{where}: the path {name!r} is not inside the audio folder {clips}")
-    return path
-
-
-def text_problem(translation: str) -> str:
-    """Why a row cannot be used whatever its audio is; "" if it can."""
-    if not translation.strip():
-        return "empty text"
-    return "REMOVE" if re.search(r"\bREMOVE\b", translation) else ""  # CoVoST-2's own mark
-
-
-# What is left out of a corpus, by reason: the split that each row asked for, and the row in words.
-LeftOut = dict[str, list[tuple[str, str]]]
-
-
-def join_covost(spoken: Path, translated: Path) -> tuple[list[Entry], LeftOut]:
-    """Sentences and translations joined on path as get_covost_splits.py does, and what is left.
-
-    Of CoVoST-2's extended splits only that of train is used; a path that comes again counts once,
-    as it came first.
-    """
-    said = read_tsv(spoken, ("path", "sentence")).values()
-    sentences = {row["path"]: row["sentence"] for row in said}
-    reasons = UNUSED_SPLIT, "unknown split", f"not in {spoken.name}", "path twice"
-    entries, left_out = {}, {reason: [] for reason in reasons}
-    for line, row in read_tsv(translated, ("path", "translation", "split")).items():
-        path, where = row["path"], f"{translated}:{line}"
-        split = "train" if row["split"] == "train_covost" else row["split"]
-        if split not in SPLITS:
-            reason = UNUSED_SPLIT if split in ("dev_covost", "test_covost") else "unknown split"
-            left_out[reason].append((split, f"{where}: {path}: {split}"))
-        elif path not in sentences:
-            left_out[f"not in {spoken.name}"].append((split, f"{where}: {path}"))
-        else:
-            entry = Entry(where, path, sentences[path], row["translation"], split)
-            add_once(entry, entries, left_out)
-    return list(entries.values()), left_out
-
-
-def add_once(entry: Entry, entries: dict[str, Entry], left_out: LeftOut):
-    first = entries.setdefault(entry.path, entry)
-    if first is not entry:
-        again = f"{entry.where}: {entry.path}: first in {first.where}"
-        left_out["path twice"].append((entry.split, again))
-
-
-def corpus_languages(root) -> list[str]:
-    """The languages that a corpus folder holds, from its own folders."""
-    return sorted(p.parent.name for p in Path(root).glob("*/validated.tsv"))
+    return table, clips
 
 
 def read_corpus(
     root, source: str, target: str
 ) -> tuple[dict[str, list[Row]], list[tuple[str, str]]]:
-    """The rows of one direction by split, and split and reason of each that cannot be used.
+    """The rows of one direction by split, and (split, reason) of each row that cannot be used.
 
-    root/SOURCE holds clips/, validated.tsv (path, sentence) and covost_v2.SOURCE_TARGET.tsv (path,
-    translation, split).
+    A clip is opened only if its row has no seconds. An error in the table is a ValueError.
     """
-    folder = Path(root) / check_language(source)
-    clips = folder / "clips"
-    spoken, translated = folder / "validated.tsv", folder / f"covost_v2.{source}_{target}.tsv"
-    for need in (spoken, translated, clips):
-        if not need.exists():
-            have = ", ".join(corpus_languages(root)) or "none"
-            raise FileNotFoundError(
-                f"no {source}-{target} corpus in {root}: looked for {need}. "
-                f"Languages with data there: {have}. --data names another corpus"
-            )
-    entries, left_out = join_covost(spoken, translated)
-    splits = {split: [] for split in SPLITS}
-    del left_out[UNUSED_SPLIT]
-    unusable = [
-        (split, f"{row} ({reason})") for reason, rows in left_out.items() for split, row in rows
-    ]
-    for entry in entries:
-        path = clip_path(clips, entry.path, entry.where)
-        if problem := text_problem(entry.translation):  # nothing to learn, nothing to score against
-            unusable.append((entry.split, f"{path}: {problem} ({entry.where})"))
+    table, clips = find_corpus(Path(root), source, target)
+    files, places = set(list_files(clips)), {}
+    splits, unusable = {split: [] for split in SPLITS}, []
+    columns = "path", "sentence", "translation", "split"
+    for where, cells in read_table(table, columns, ["seconds"]):
+        name, split = path_inside(cells["path"], clips, files, where), cells["split"]
+        if split not in SPLITS:
+            raise ValueError(f"{where}: the split is {split!r}; write one of {', '.join(SPLITS)}")
+        if places.setdefault(name, where) != where:
+            raise ValueError(f"{where}: {name} is also in {places[name]}; keep one of the two rows")
+        path = clips / name
+        if is_blank(cells["translation"]):  # nothing to learn, nothing to score against
+            unusable.append((split, f"{path}: empty translation ({where})"))
             continue
-        try:
-            seconds = audio_seconds(path)
-            in_pieces = entry.split == "test"  # so any length is fine there
-            if not (0 < seconds <= MAX_SECONDS or seconds and in_pieces):
-                raise AudioError(path, f"{seconds:.1f} s long, not within 0 to {MAX_SECONDS}")
-        except AudioError as error:
-            unusable.append((entry.split, str(error)))
-            if entry.split != "test":
-                continue
-            seconds = 0.0  # a test clip stays: leaving it out would make the score another one
-        texts = entry.sentence, entry.translation
-        splits[entry.split].append(Row(path, *texts, source, target, seconds))
+        seconds, reason = clip_seconds(path, name in files, cells.get("seconds", ""), where)
+        if seconds > MAX_SECONDS and split != "test":  # a test clip is translated in pieces
+            reason = f"{path}: {seconds:.1f} s long; the encoder takes {MAX_SECONDS} s"
+        if reason:
+            unusable.append((split, reason))
+        if not reason or split == "test":  # without it the score could not be compared with others
+            texts = cells["sentence"], cells["translation"]
+            splits[split].append(Row(path, *texts, source, target, seconds))
     return splits, unusable
+
+
+def clip_seconds(path: Path, is_listed: bool, cell: str, where: str) -> tuple[float, str]:
+    """Length of a clip, and why it cannot be used ("" if it can)."""
+    try:
+        stated = float(cell or 0)
+    except ValueError:
+        stated = math.nan
+    if not 0 <= stated < math.inf:
+        raise ValueError(f"{where}: seconds is {cell!r}; write a number such as 2.5, or nothing")
+    try:
+        seconds = stated if stated and is_listed else audio_seconds(path)
+    except AudioError as error:
+        return 0.0, str(error)
+    return seconds, "" if seconds else f"{path}: the clip has no samples"
+
+
+def describe_overlap(train: list, test: list) -> str:
+    """One line: how many sentences and translations of the test rows are also in train."""
+    parts = []
+    for column in ("sentence", "translation"):
+        in_train = {getattr(row, column).strip() for row in train}
+        texts = [text for row in test if (text := getattr(row, column).strip())]
+        n = sum(text in in_train for text in texts)
+        parts.append(f"of {len(texts):,} test {column}s, {n:,} are also in train")
+    return "; ".join(parts)
 
 
 def every_nth(rows: list[Row], n: int) -> list[Row]:
@@ -395,7 +410,7 @@ def examples_for(rows: list[Row], asr: float, seed: int, epoch: int) -> list[Exa
     rng = random.Random(f"examples {seed} {epoch}")
     spoken = {}
     for row in rows:
-        if row.sentence.strip():
+        if not is_blank(row.sentence):
             spoken.setdefault(row.path, row)
     heard = rng.sample(list(spoken.values()), round(asr * len(spoken)))
     examples = [Example(row, "st") for row in rows] + [Example(row, "asr") for row in heard]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import data
 import llast
+import toys
 import train
 from data import Batch, Row
 from llast import LLaST
@@ -33,16 +34,15 @@ def corpus(tmp_path):
         folder = tmp_path / "corpus" / language
         folder.mkdir(parents=True)
         (folder / "clips").symlink_to(CORPUS / language / "clips")
-        for name in ("validated.tsv", f"covost_v2.{language}_en.tsv"):
-            (folder / name).write_text((CORPUS / language / name).read_text())
-        table = folder / f"covost_v2.{language}_en.tsv"
-        header, *lines = table.read_text().splitlines()
+        table = CORPUS / language / f"{language}-en.tsv"
+        columns = "path", "sentence", "translation", "split", "seconds"
+        lines = [tuple(row.values()) for _, row in data.read_table(table, columns)]
         kept = [
             line
             for split, n in (("train", 24), ("dev", 4), ("test", 4))
-            for line in [line for line in lines if line.endswith("\t" + split)][:n]
+            for line in [line for line in lines if line[3] == split][:n]
         ]
-        table.write_text("\n".join([header, *kept]) + "\n")
+        toys.write_corpus(tmp_path / "corpus", kept, f"{language}-en")
     return tmp_path / "corpus"
 
 
@@ -150,8 +150,7 @@ def test_what_cannot_be_done_is_said(monkeypatch, tmp_path, capsys, flags, messa
 def test_a_clip_that_breaks_after_the_start_is_left_out_and_named(
     monkeypatch, corpus, tmp_path, capsys
 ):
-    table = (corpus / "fr" / "covost_v2.fr_en.tsv").read_text().splitlines()
-    broken = next(line.split("\t")[0] for line in table if line.endswith("\ttrain"))
+    broken = data.read_corpus(corpus, "fr", "en")[0]["train"][0].path.name
 
     def load(path):
         if path.name == broken:
@@ -220,8 +219,7 @@ def test_a_model_that_cannot_be_written_is_told(monkeypatch, corpus, tmp_path, c
 
 
 def test_dev_clips_that_cannot_be_read_are_told(monkeypatch, corpus, tmp_path, capsys):
-    table = (corpus / "fr" / "covost_v2.fr_en.tsv").read_text().splitlines()
-    dev = [line.split("\t")[0] for line in table if line.endswith("\tdev")]
+    dev = [row.path.name for row in data.read_corpus(corpus, "fr", "en")[0]["dev"]]
     lost = set(dev[:1])
 
     def load(path):
@@ -267,13 +265,9 @@ def test_what_goes_wrong_ahead_is_raised_where_it_is_used():
 def test_a_split_without_a_usable_clip_is_told_before_the_training(
     monkeypatch, corpus, tmp_path, capsys
 ):
-    table, spoken = (corpus / "fr" / name for name in ("covost_v2.fr_en.tsv", "validated.tsv"))
-    dev = [line.split("\t")[0] for line in table.read_text().splitlines() if line.endswith("\tdev")]
-    for file in (table, spoken):
-        text = file.read_text()
-        for name in dev:
-            text = text.replace(name, f"gone_{name}")
-        file.write_text(text)
+    table = corpus / "fr" / "fr-en.tsv"
+    lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join("gone_" * ("\tdev\t" in line) + line for line in lines))
     assert run(monkeypatch, *flags_for(corpus, tmp_path / "run")) == 2
     err = capsys.readouterr().err
     assert "no such file" in err and "no dev clips that can be used" in err

@@ -615,9 +615,8 @@ def test_one_bad_clip_is_named_and_makes_the_exit_code_1(command, quick, clips):
 def test_test_scores_the_test_set_and_writes_every_clip(command, quick, made, clips, tmp_path):
     folder = tmp_path / "fr"
     shutil.copytree(clips, folder / "clips")
-    (folder / "validated.tsv").write_text("path\tsentence\ngood0.wav\tun\ngood1.wav\tdeux\n")
-    table = "path\ttranslation\tsplit\ngood0.wav\tone\ttest\ngood1.wav\ttwo\ttest\n"
-    (folder / "covost_v2.fr_en.tsv").write_text(table)
+    rows = [("good0.wav", "un", "one", "test"), ("good1.wav", "deux", "two", "test")]
+    toys.write_corpus(tmp_path, rows)
     code, lines, _ = command(*quick, "--test", "fr", "--data", tmp_path)
     assert code == 0 and lines[0].startswith("fr-en on 2 clips: BLEU ")
     assert len((made / "trained" / "scored.st.fr-en.tsv").read_text().splitlines()) == 3
@@ -757,19 +756,15 @@ def test_all_is_looked_up_before_the_first_clip_is_translated(
 ):
     folder = tmp_path / "fr"
     shutil.copytree(clips, folder / "clips")
-    (folder / "validated.tsv").write_text("path\tsentence\ngood0.wav\tun\n")
-    table = "path\ttranslation\tsplit\ngood0.wav\tone\ttest\nlost.wav\ttwo\ttest\n"
-    table += "good1.wav\tthree\ttset\ngone.wav\tfour\ttrain\n"
-    (folder / "covost_v2.fr_en.tsv").write_text(table)
+    rows = [("good0.wav", "un", "one", "test"), ("good1.wav", "deux", "", "test")]
+    toys.write_corpus(tmp_path, [*rows, ("gone.wav", "quatre", "four", "train")])
     tests = [*quick, "--test", "fr", "--data", tmp_path]
     code, _, err = command(*tests)
     assert code == 0, err
     told = [line for line in err.splitlines() if "cannot be used" in line]
-    assert len(told) == 3, "that of train is no matter here"
-    assert told[0].startswith("cannot be used for tset: ") and "(unknown split)" in told[0]
-    assert told[1].startswith("cannot be used for test: ")
-    assert told[1].endswith("lost.wav (not in validated.tsv)")
-    assert told[2] == "fr-en: 1 row of tset, 1 row of test cannot be used, see above"
+    assert len(told) == 2, "that of train is no matter here"
+    assert told[0].startswith("cannot be used for test: ") and "empty translation" in told[0]
+    assert told[1] == "fr-en: 1 row of test cannot be used, see above"
 
     monkeypatch.setattr(translate, "translate", None)
     for arguments, answer in (

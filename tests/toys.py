@@ -10,6 +10,7 @@ import soundfile
 import torch
 from safetensors.torch import save_file
 
+from data import write_table
 from llama import Llama, LlamaConfig
 from whisper_encoder import WhisperConfig, WhisperEncoder
 
@@ -77,3 +78,12 @@ def write(path: Path, samples, rate: int = 16000, **how) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, np.asarray(samples, dtype=np.float32), rate, **how)
     return path
+
+
+def write_corpus(root: Path, rows: list[tuple], direction: str = "fr-en") -> Path:
+    """Write the table of a corpus: path, sentence, translation, split and perhaps seconds."""
+    columns = ("path", "sentence", "translation", "split", "seconds")[: len(rows[0]) if rows else 4]
+    table = root / direction.split("-")[0] / f"{direction}.tsv"
+    (table.parent / "clips").mkdir(parents=True, exist_ok=True)
+    write_table(table, columns, rows)
+    return table

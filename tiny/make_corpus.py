@@ -1,4 +1,4 @@
-"""Make the embedded corpus: phrasebook sentences, spoken, in the layout of CoVoST-2.
+"""Make the embedded corpus: phrasebook sentences, spoken, in the layout that data.py reads.
 
     python tiny/make_corpus.py          needs espeak-ng
 
@@ -7,15 +7,19 @@ in the training part, nor in any text or speech that make_llm.py and make_encode
 """
 
 import argparse
-import csv
 import random
 import shutil
+import sys
 from collections.abc import Iterator
 from multiprocessing import Pool
 from pathlib import Path
 
 import phrasebook
 from speak import recording, write_opus
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from data import write_table  # noqa: E402
+from whisper_encoder import audio_seconds  # noqa: E402
 
 TINY = Path(__file__).parent
 CORPUS = TINY / "corpus"
@@ -25,7 +29,6 @@ SIZES = {  # clips
     "de": {"test": 100, "dev": 40, "train": 480},
     "es": {"test": 100, "dev": 40, "train": 480},
 }
-COLUMNS = "client_id path sentence up_votes down_votes age gender accent".split()  # Common Voice 4
 
 
 def distinct(rng: random.Random, exclude: set[str]) -> Iterator[dict[str, str]]:
@@ -59,16 +62,6 @@ def make_clip(job) -> str:
     return voice
 
 
-def write_table(path: Path, columns: list[str], rows: list[dict[str, str]]):
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(
-            file, columns, delimiter="\t", quoting=csv.QUOTE_NONE, escapechar="\\",
-            lineterminator="\n", restval="", extrasaction="ignore",
-        )  # fmt: skip
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def make_language(language: str):
     folder = CORPUS / language
     shutil.rmtree(folder, ignore_errors=True)
@@ -81,13 +74,14 @@ def make_language(language: str):
         for meaning in parts[split][:size]:
             name = f"phrasebook_{language}_{len(rows):05d}.ogg"
             row = {"path": name, "sentence": meaning[language], "translation": meaning["en"]}
-            rows.append(row | {"split": split, "up_votes": "2", "down_votes": "0"})
+            rows.append(row | {"split": split})
     jobs = [(folder / "clips" / r["path"], r["sentence"], language, r["split"]) for r in rows]
     with Pool() as pool:
         for row, voice in zip(rows, pool.imap(make_clip, jobs, chunksize=16), strict=True):
-            row["client_id"] = voice
-    write_table(folder / "validated.tsv", COLUMNS, rows)
-    write_table(folder / f"covost_v2.{language}_en.tsv", ["path", "translation", "split"], rows)
+            seconds = audio_seconds(folder / "clips" / row["path"])
+            row |= {"seconds": seconds, "client_id": voice}
+    table = folder / f"{language}-en.tsv"
+    write_table(table, rows[0].keys(), [row.values() for row in rows])
     megabytes = sum(job[0].stat().st_size for job in jobs) / 1e6
     print(f"{language}: {len(rows)} clips, {megabytes:.1f} MB, {SIZES[language]}", flush=True)
 

@@ -1,6 +1,13 @@
-"""Prepare a corpus for train.py: CoVoST-2, FLEURS, or a table of your own."""
+"""Prepare a corpus for train.py: CoVoST-2, FLEURS, or a table of your own.
+
+    find tables -> read rows -> check rows -> convert clips -> write the table -> report
+
+The prepared corpus has the layout that data.py reads. A run that was stopped continues when it is
+started again.
+"""
 
 import argparse
+import csv
 import hashlib
 import io
 import json
@@ -10,7 +17,7 @@ import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import soundfile
@@ -24,14 +31,13 @@ from data import (
     FROM_ENGLISH,
     LANGUAGES,
     SPLITS,
-    Entry,
-    LeftOut,
-    add_once,
-    clip_path,
-    join_covost,
+    describe_overlap,
+    is_blank,
+    list_files,
     parse_directions,
-    read_tsv,
-    text_problem,
+    path_inside,
+    read_table,
+    write_table,
 )
 from whisper_encoder import MAX_SECONDS, SAMPLE_RATE, AudioError, audio_seconds, load_audio
 
@@ -40,334 +46,418 @@ FLEURS = dict(zip(LANGUAGES, (
     "tr_tr ar_eg sv_se lv_lv sl_si ta_in id_id cy_gb"
 ).split()))  # fmt: skip
 FLEURS_HEADER = "id file_name raw_transcription transcription characters num_samples gender".split()
-REASONS = {  # AudioError's reason -> that of the report; all others are "undecodable"
+REASONS = {  # start of an AudioError's reason -> reason in the report; else "undecodable"
     "no such file": "missing", "the file is empty": "zero bytes",
     "the clip has no samples": "too short",
 }  # fmt: skip
-PART = ".part"  # ends the name of a file that is not whole yet
+PLAIN = {"quoting": csv.QUOTE_NONE}  # a quotation mark is a character like any other
+ESCAPED = PLAIN | {"escapechar": "\\"}  # as CoVoST-2's get_covost_splits.py reads its tables
+UNUSED_SPLITS = ("dev_covost", "test_covost")  # CoVoST-2's own script does not use them either
+PART = ".part"  # ends the name of a file that is not complete yet
 
 
-# Each corpus has a function that finds the folder of its clips and its tables, quickly, and one
-# that reads the tables: its rows, by reason the rows that are in no split, a note for the report.
+@dataclass(frozen=True)
+class Entry:
+    """One row of the tables of a corpus."""
+
+    place: str  # table and line, for messages
+    path: str  # inside the folder of the clips
+    sentence: str
+    translation: str
+    split: str
 
 
-def existing(path: Path, what: str) -> Path:
+@dataclass
+class Entries:
+    """The rows of a direction, and by reason the rows that are in no split."""
+
+    by_path: dict[str, Entry] = field(default_factory=dict)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    note: str = ""  # for the report
+
+    def add(self, entry: Entry):
+        """Add a row. A path that is already there counts once, with its first row."""
+        first = self.by_path.setdefault(entry.path, entry)
+        if first is not entry:
+            self.leave_out("path twice", f"{entry.place}: {entry.path}: first in {first.place}")
+
+    def leave_out(self, reason: str, row: str):
+        self.left_out.setdefault(reason, []).append(row)
+
+
+# ----------------------------------------------------------------------------- find and read tables
+
+# Each corpus has a function that quickly finds the folder of the clips and the tables, and one
+# that reads the tables.
+
+
+def existing(path: Path, name: str) -> Path:
     if not path.exists():
-        raise FileNotFoundError(f"no {what}: looked for {path}")
+        raise FileNotFoundError(f"no {name}: {path} does not exist")
     return path
 
 
 def find_covost2(args: argparse.Namespace, source: str, target: str) -> tuple[Path, list[Path]]:
-    """Common Voice's folder of the language, and CoVoST-2's table in the folder or one below."""
+    """Common Voice's folder of the language, and CoVoST-2's table in its folder or one below."""
     root, name = args.common_voice, f"covost_v2.{source}_{target}.tsv"
     folders = [path for path in (root / source, root) if (path / "validated.tsv").is_file()]
     if not folders:
         raise FileNotFoundError(
-            f"no Common Voice in {root}: looked for {source}/validated.tsv and validated.tsv"
+            f"no Common Voice in {root}: neither {source}/validated.tsv nor validated.tsv exists"
         )
     tables = [
         path for path in (args.covost / name, *args.covost.glob(f"*/{name}")) if path.is_file()
     ]
     if not tables:
         raise FileNotFoundError(
-            f"no translations: looked for {name} in {args.covost} and in the folders there. "
+            f"no translations: {name} is not in {args.covost} or in a folder there. "
             f"CoVoST-2 has all languages into en, and en into {', '.join(FROM_ENGLISH)}"
         )
     clips = existing(folders[0] / "clips", "clips")
     return clips, [folders[0] / "validated.tsv", tables[0]]
 
 
-def read_covost2(args: argparse.Namespace, source: str, tables: list[Path]):
-    entries, left_out = join_covost(*tables)
-    if not entries:
-        raise ValueError(
-            f"{tables[1]} and {tables[0]} have no clip of {', '.join(SPLITS)} in common"
-        )
-    return entries, left_out, ""
+def read_covost2(args: argparse.Namespace, source: str, tables: list[Path]) -> Entries:
+    """Join sentences and translations on path, as CoVoST-2's get_covost_splits.py does."""
+    spoken, translated = tables
+    rows = read_table(spoken, ["path", "sentence"], **ESCAPED)
+    sentences = {row["path"]: row["sentence"] for _, row in rows}
+    entries = Entries()
+    for place, row in read_table(translated, ["path", "translation", "split"], **ESCAPED):
+        path = row["path"]
+        split = "train" if row["split"] == "train_covost" else row["split"]
+        if split in UNUSED_SPLITS:
+            entries.leave_out("extended dev or test", f"{place}: {path}: {split}")
+        elif split not in SPLITS:
+            entries.leave_out("unknown split", f"{place}: {path}: {split}")
+        elif path not in sentences:
+            entries.leave_out(f"not in {spoken.name}", f"{place}: {path}")
+        else:
+            entries.add(Entry(place, path, sentences[path], row["translation"], split))
+    if not entries.by_path:
+        raise ValueError(f"{translated} and {spoken} have no clip of {', '.join(SPLITS)} in common")
+    return entries
 
 
 def find_fleurs(args: argparse.Namespace, source: str, target: str) -> tuple[Path, list[Path]]:
-    here, there = args.fleurs / FLEURS[source], args.fleurs / FLEURS[target]
-    tables = [folder / f"{split}.tsv" for split in SPLITS for folder in (here, there)]
-    return existing(here / "audio", "audio"), [existing(path, "table") for path in tables]
+    folders = args.fleurs / FLEURS[source], args.fleurs / FLEURS[target]
+    tables = [folder / f"{split}.tsv" for split in SPLITS for folder in folders]
+    return existing(folders[0] / "audio", "audio"), [existing(path, "table") for path in tables]
 
 
-def read_fleurs(args: argparse.Namespace, source: str, tables: list[Path]):
+def read_fleurs(args: argparse.Namespace, source: str, tables: list[Path]) -> Entries:
     """FLEURS has each sentence in every language: a translation is the target's row with its id."""
-    entries, left_out = {}, {"no translation": [], "path twice": []}
+    entries, columns = Entries(), ["id", "file_name", "raw_transcription"]
     for split, spoken, translated in zip(SPLITS, tables[::2], tables[1::2]):
-        columns = ("id", "file_name", "raw_transcription")
-        here, there = (
-            read_tsv(table, columns, header=FLEURS_HEADER, escape=None)
-            for table in (spoken, translated)
-        )
-        texts = {row["id"]: row["raw_transcription"] for row in there.values()}
-        for line, row in here.items():
-            where, path = f"{spoken}:{line}", f"{split}/{row['file_name']}"
-            if row["id"] in texts:
-                text = texts[row["id"]]
-                entry = Entry(where, path, row["raw_transcription"], text, split)
-                add_once(entry, entries, left_out)
+        rows = read_table(translated, columns, header=FLEURS_HEADER, **PLAIN)
+        translations = {row["id"]: row["raw_transcription"] for _, row in rows}
+        for place, row in read_table(spoken, columns, header=FLEURS_HEADER, **PLAIN):
+            path, sentence = f"{split}/{row['file_name']}", row["raw_transcription"]
+            if row["id"] in translations:
+                entries.add(Entry(place, path, sentence, translations[row["id"]], split))
             else:
-                left_out["no translation"].append((split, f"{where}: {path}: id {row['id']}"))
-    return list(entries.values()), left_out, ""
+                entries.leave_out("no translation", f"{place}: {path}: id {row['id']}")
+    return entries
 
 
-def find_table(args: argparse.Namespace, source: str, target: str) -> tuple[Path, list[Path]]:
+def find_own_table(args: argparse.Namespace, source: str, target: str) -> tuple[Path, list[Path]]:
     return existing(args.audio, "folder --audio"), [existing(args.table, "table --table")]
 
 
-def read_table(args: argparse.Namespace, source: str, tables: list[Path]):
-    """A table of one's own: path and translation, and as one likes sentence, lang and split."""
-    optional = ("sentence", "lang", "split")
-    entries, left_out = {}, {"other language": [], "path twice": []}
-    rows = read_tsv(args.table, ("path", "translation"), optional)
-    drawn = not any("split" in row for row in rows.values())
-    for line, row in rows.items():
-        where, path = f"{args.table}:{line}", row["path"]
-        split = drawn_split(path) if drawn else row["split"] or "train"
+def read_own_table(args: argparse.Namespace, source: str, tables: list[Path]) -> Entries:
+    """A table of your own: path and translation, optionally sentence, lang and split."""
+    entries, languages = Entries(), set()
+    has_splits = False
+    for place, row in read_table(
+        args.table, ["path", "translation"], ["sentence", "lang", "split"]
+    ):
+        path, has_splits = row["path"], "split" in row
+        split = (row["split"] or "train") if has_splits else draw_split(path)
         if split not in SPLITS:
-            raise ValueError(f"{where}: the split is {split!r}; expected {', '.join(SPLITS)}")
+            raise ValueError(f"{place}: the split is {split!r}; write one of {', '.join(SPLITS)}")
+        languages.add(row.get("lang", source))
         if row.get("lang", source) != source:
-            left_out["other language"].append((split, f"{where}: {path}: {row['lang']}"))
+            entries.leave_out("other language", f"{place}: {path}: {row['lang']}")
         else:
-            entry = Entry(where, path, row.get("sentence", ""), row["translation"], split)
-            add_once(entry, entries, left_out)
-    used = {entry.split for entry in entries.values()}
-    if not used:
-        others = ", ".join(sorted({repr(row["lang"]) for row in rows.values()}))
-        found = f"its column lang holds {others}" if rows else "it holds no rows"
+            entries.add(Entry(place, path, row.get("sentence", ""), row["translation"], split))
+    if not entries.by_path:
+        found = f"its column lang holds {sorted(languages)}" if languages else "it has no rows"
         raise ValueError(f"{args.table} has no row of {source}: {found}")
-    if drawn and len(used) < len(SPLITS):
-        raise ValueError(
-            f"{args.table} has {len(entries)} rows of {source}, which is too few to draw dev and "
-            f"test from: of 20, a draw by their names takes about one each, and it took "
-            f"{' and '.join(sorted(used))}; the column split can say {', '.join(SPLITS)}"
-        )
-    note = "the table has no column split: 1 clip of 20 was drawn for dev, 1 for test"
-    return list(entries.values()), left_out, note if drawn else ""
+    if not has_splits:
+        check_drawn_splits(args.table, entries)
+        entries.note = "the table has no column split: 1 clip of 20 was drawn for dev, 1 for test"
+    return entries
 
 
-def drawn_split(path: str) -> str:
-    """One clip of twenty for dev, one for test: by its name, so that it stays where it is."""
+def draw_split(path: str) -> str:
+    """One clip of 20 for dev and one for test. The name decides, so later runs draw the same."""
     place = int(hashlib.sha256(path.encode()).hexdigest(), 16) % 20
     return {0: "dev", 1: "test"}.get(place, "train")
+
+
+def check_drawn_splits(table: Path, entries: Entries):
+    missing = set(SPLITS) - {entry.split for entry in entries.by_path.values()}
+    if missing:
+        raise ValueError(
+            f"{table} has {len(entries.by_path)} rows, too few to draw dev and test from them: "
+            f"no row was drawn for {', '.join(sorted(missing))}. Add a column split with "
+            f"{', '.join(SPLITS)}"
+        )
 
 
 CORPORA = {
     "covost2": (find_covost2, read_covost2),
     "fleurs": (find_fleurs, read_fleurs),
-    "table": (find_table, read_table),
+    "table": (find_own_table, read_own_table),
 }
+
+
+# --------------------------------------------------------------------------------------- check rows
+
+
+def text_problem(entry: Entry, corpus: str) -> str:
+    """Why a row cannot be used, whatever its audio is; "" if it can."""
+    if is_blank(entry.translation):
+        return "empty text"
+    is_marked = corpus == "covost2" and re.search(r"\bREMOVE\b", entry.translation)
+    return "REMOVE" if is_marked else ""  # CoVoST-2's mark for a bad translation
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A row whose clip is to be converted."""
+
+    entry: Entry
+    audio: Path
+    name: str  # of the FLAC, from the folder of clips on
+    flac: Path
+
+
+def plan_clips(entries: list[Entry], audio: Path, clips: Path) -> list[Clip]:
+    """Where each clip is and where its FLAC will be. Two clips with one FLAC are an error."""
+    files, planned = set(list_files(audio)), {}
+    for entry in entries:
+        path = path_inside(entry.path, audio, files, entry.place)
+        name = PurePosixPath(path).with_suffix(".flac").as_posix()
+        clip = Clip(entry, audio / path, name, clips / name)
+        if other := planned.get(name):
+            paths = f"{entry.path} and {other.entry.path}"
+            raise ValueError(f"{entry.place}: {paths} would both be {name}; rename one of them")
+        planned[name] = clip
+    return list(planned.values())
+
+
+# ------------------------------------------------------------------------------------ convert clips
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What became of one clip."""
+    """The result of one clip."""
 
-    seconds: float = 0.0
-    problem: str = ""  # a word for the report; "" if there is none
+    seconds: float = 0.0  # of the FLAC; 0 if there is none
+    problem: str = ""  # a reason for the report; "" if there is none
     detail: str = ""
-    was_there: bool = False
+    was_there: bool = False  # an earlier run has converted it
 
 
-def convert(job: tuple[Path, Path, bool]) -> Converted:
-    """Decode a clip once to FLAC, 16 kHz, mono, 16 bits. A long one is converted only if asked."""
-    audio, flac, keep_long = job
-    seconds = seconds_before(audio, flac)
+def convert(clip: Clip) -> Converted:
+    """Decode a clip to FLAC, 16 kHz, mono, 16 bits. A clip that is too long only if it is in test.
+
+    The score counts every clip of the test set, so those stay, whatever is wrong with them.
+    """
+    seconds = seconds_before(clip)
     was_there = seconds > 0
     try:
         if not was_there:
-            seconds = audio_seconds(audio)
-            if seconds <= MAX_SECONDS or keep_long:
-                seconds = write_flac(load_audio(audio), flac)
+            seconds = audio_seconds(clip.audio)
+            if seconds > MAX_SECONDS and clip.entry.split != "test":
+                return Converted(0.0, "too long", f"{seconds:.1f} s")
+            seconds = write_flac(load_audio(clip.audio), clip.flac)
     except AudioError as error:
-        return Converted(0.0, REASONS.get(error.reason, "undecodable"), error.reason)
+        reasons = [REASONS[start] for start in REASONS if error.reason.startswith(start)]
+        return Converted(0.0, *(reasons or ["undecodable"]), error.reason)
     if seconds > MAX_SECONDS:
         return Converted(seconds, "too long", f"{seconds:.1f} s", was_there)
     return Converted(seconds, was_there=was_there)
 
 
-def seconds_before(audio: Path, flac: Path) -> float:
+def seconds_before(clip: Clip) -> float:
     """How long the FLAC of an earlier run is; 0 if there is none or the clip is newer."""
     try:
-        newer = audio.exists() and audio.stat().st_mtime > flac.stat().st_mtime
-        return 0.0 if newer else audio_seconds(flac)
+        is_newer = clip.audio.exists() and clip.audio.stat().st_mtime > clip.flac.stat().st_mtime
+        return 0.0 if is_newer else audio_seconds(clip.flac)
     except (AudioError, OSError):
         return 0.0
 
 
 def write_flac(audio: Tensor, flac: Path) -> float:
-    """Write (N,) samples whole or not at all; beyond -1..1 they clip. -> seconds"""
+    """Write (N,) samples and return their seconds. Samples beyond -1..1 are clipped.
+
+    The file gets its name only when it is complete.
+    """
     samples = (audio * 32768).round().clamp(-32768, 32767).to(torch.int16)
     file = io.BytesIO()
     soundfile.write(file, samples.numpy(), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
     flac.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(flac, file.getvalue())
+    part = flac.with_name(flac.name + PART)
+    part.write_bytes(file.getvalue())
+    part.replace(flac)
     return len(samples) / SAMPLE_RATE
 
 
-def write_whole(path: Path, content: bytes):
-    """Under another name first, so that a file with this one is always complete."""
-    part = path.with_name(path.name + PART)
-    part.write_bytes(content)
-    part.replace(path)
-
-
 def as_worker():
-    """One thread, as there is a process for each core; Ctrl-C is for the first process to hear."""
+    """One thread, because there is a process for each core. Only the first process hears Ctrl-C."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def convert_all(jobs: list[tuple[Path, Path, bool]], label: str) -> list[Converted]:
-    """On all cores. Stopped, it lets the clips in work finish and leaves out the others."""
+def convert_all(clips: list[Clip], label: str) -> list[Converted]:
+    """Convert on all cores. If stopped, finish the clips that have begun and skip the others."""
     with ProcessPoolExecutor(os.cpu_count(), initializer=as_worker) as pool:
         try:
-            results = pool.map(convert, jobs, chunksize=8)
-            return list(tqdm(results, label, len(jobs), unit="clip", dynamic_ncols=True))
+            results = pool.map(convert, clips, chunksize=8)
+            return list(tqdm(results, label, len(clips), unit="clip", dynamic_ncols=True))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def refuse_another_corpus(folder: Path, about: dict):
-    """Directions of one corpus may share a folder; clips of two corpora could share names."""
-    if (folder / "clips").resolve() == Path(about["audio"]).resolve():
-        raise ValueError(f"{folder} is the corpus itself; name another folder with --out")
-    reports = sorted(folder.glob("prepared.*.json"))
-    if (folder / "validated.tsv").exists() and not reports:
-        raise ValueError(f"{folder} has a corpus that was not prepared here; name another --out")
-    for file in reports:
-        before = json.loads(file.read_text(encoding="utf-8"))
-        other = [k for k in ("corpus", "audio") if before[k] != about[k]]
-        if other:
-            differs = "; ".join(f"{k}: {before[k]} there, {about[k]} now" for k in other)
-            raise ValueError(f"{file} is of another corpus ({differs}); name another --out")
+# ------------------------------------------------------------------------------------------ prepare
 
 
-def jobs_for(entries: list[Entry], audio: Path, clips: Path) -> list[tuple[Path, Path, bool]]:
-    """Where each clip is, where its FLAC goes, and whether it stays even if it is too long."""
-    jobs, taken = [], {}
-    for entry in entries:
-        heard = clip_path(audio, entry.path, entry.where)
-        name = prepared_name(entry)
-        if name in taken:
-            raise ValueError(f"{entry.where}: {entry.path} and {taken[name]} would both be {name}")
-        taken[name] = entry.path
-        jobs.append((heard, clips / name, entry.split == "test"))
-    return jobs
+def prepare(args: argparse.Namespace, source: str, target: str) -> list[str]:
+    """Convert the clips of a direction, write its table, and report.
 
-
-def prepared_name(entry: Entry) -> str:
-    return str(PurePosixPath(entry.path).with_suffix(".flac"))
-
-
-def prepare(args: argparse.Namespace, source: str, target: str):
-    """Convert the clips of a direction, write its tables, and report.
-
-    A clip without usable audio leaves train and dev; in test it stays, or the score would be that
-    of another test set. A row without a translation leaves all three.
+    Returns the splits that should have clips and have none.
     """
     find, read = CORPORA[args.corpus]
     audio, tables = find(args, source, target)
-    folder = args.out / source
-    about = {"direction": f"{source}-{target}", "corpus": args.corpus, "version": args.version}
-    about |= {"audio": str(audio.resolve())}
-    refuse_another_corpus(folder, about)
-    entries, left_out, about["note"] = read(args, source, tables)
-    report = new_report(about, tables, left_out)
-    worded = []
-    for entry in entries:
-        if problem := text_problem(entry.translation):
+    folder, direction = args.out / source, f"{source}-{target}"
+    origin = {"corpus": args.corpus, "version": args.version, "audio": str(audio.resolve())}
+    check_out(folder, audio, origin)
+    entries = read(args, source, tables)
+    report = new_report({"direction": direction} | origin, tables, entries)
+
+    checked = []
+    for entry in entries.by_path.values():
+        if problem := text_problem(entry, args.corpus):
             count(report, entry, "left out", problem)
         else:
-            worded.append(entry)
-    jobs = jobs_for(worded, audio, folder / "clips")
+            checked.append(entry)
+    clips = plan_clips(checked, audio, folder / "clips")
     for part in folder.rglob(f"*{PART}"):
         part.unlink()  # left by a run that was stopped
-    results = convert_all(jobs, about["direction"])
-    kept = []
-    for entry, result in zip(worded, results):
-        if result.problem:
-            what = "kept in spite of" if entry.split == "test" else "left out"
-            count(report, entry, what, result.problem, f": {result.detail}")
-        if not result.problem or entry.split == "test":
-            kept.append((entry, result))
-    sum_up(report, kept)
+    kept = keep_usable(clips, convert_all(clips, direction), report)
+
     (folder / "clips").mkdir(parents=True, exist_ok=True)
-    write_corpus(folder, target, [entry for entry, _ in kept], report)
-    print_report(report, sum(result.was_there for result in results), folder)
+    # The report comes first: a folder with a report was prepared here.
+    report_file = folder / f"prepared.{direction}.json"
+    report_file.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    write_corpus(folder / f"{direction}.tsv", kept)
+    print_report(report, sum(result.was_there for _, result in kept), folder)
+    # A table of your own may be only a test set. The other corpora have all three splits.
+    usable = {clip.entry.split for clip, result in kept if result.seconds}
+    wanted = {e.split for e in entries.by_path.values()} if args.corpus == "table" else set(SPLITS)
+    return [split for split in SPLITS if split in wanted - usable]
 
 
-def new_report(about: dict, tables: list[Path], left_out: LeftOut) -> dict:
+def check_out(folder: Path, audio: Path, origin: dict):
+    """Directions of one corpus may share a folder. Clips of two corpora could have equal names."""
+    if (folder / "clips").resolve() == audio.resolve():
+        raise ValueError(f"{folder} is the corpus itself; name another folder with --out")
+    reports = sorted(folder.glob("prepared.*.json"))
+    tables = [*folder.glob(f"{folder.name}-*.tsv"), *folder.glob("validated.tsv")]
+    if tables and not reports:
+        raise ValueError(f"{folder} has a corpus that was not prepared here; name another --out")
+    for file in reports:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if others := [key for key in ("corpus", "audio") if before[key] != origin[key]]:
+            differs = "; ".join(f"{k}: {before[k]} there, {origin[k]} now" for k in others)
+            raise ValueError(f"{file} is of another corpus ({differs}); name another --out")
+
+
+def keep_usable(
+    clips: list[Clip], results: list[Converted], report: dict
+) -> list[tuple[Clip, Converted]]:
+    """The rows of the prepared corpus; report counts them, and what is wrong with the others.
+
+    A clip without usable audio leaves train and dev. In test it stays: without it the score could
+    not be compared with others.
+    """
+    kept = []
+    for clip, result in zip(clips, results, strict=True):
+        in_test = clip.entry.split == "test"
+        if result.problem:
+            key = "kept in spite of" if in_test else "left out"
+            count(report, clip.entry, key, result.problem, f": {result.detail}")
+        if not result.problem or in_test:
+            kept.append((clip, result))
+    for split, numbers in report["splits"].items():
+        rows = [(c.entry, r) for c, r in kept if c.entry.split == split]
+        seconds = sum(result.seconds for _, result in rows if not result.problem)
+        numbers["kept"], numbers["hours"] = len(rows), round(seconds / 3600, 4)
+        numbers["without a transcript"] = sum(is_blank(entry.sentence) for entry, _ in rows)
+    train, test = ([c.entry for c, _ in kept if c.entry.split == s] for s in ("train", "test"))
+    report["overlap"] = describe_overlap(train, test)
+    return kept
+
+
+def write_corpus(table: Path, kept: list[tuple[Clip, Converted]]):
+    """The table that data.read_corpus reads. A clip without audio has no seconds."""
+    rows = [
+        (c.name, c.entry.sentence, c.entry.translation, c.entry.split, r.seconds or "")
+        for c, r in kept
+    ]
+    write_table(table, ("path", "sentence", "translation", "split", "seconds"), rows)
+
+
+# ----------------------------------------------------------------------------------------- report
+
+
+def new_report(origin: dict, tables: list[Path], entries: Entries) -> dict:
     numbers = {"kept": 0, "hours": 0.0, "without a transcript": 0}
-    return about | {
+    return origin | {
+        "note": entries.note,
         "tables": {str(t): hashlib.sha256(t.read_bytes()).hexdigest() for t in tables},
         "splits": {s: numbers | {"left out": {}, "kept in spite of": {}} for s in SPLITS},
-        "in no split": {reason: len(rows) for reason, rows in left_out.items()},
-        "examples": {why: [row for _, row in rows[:5]] for why, rows in left_out.items() if rows},
+        "in no split": {reason: len(rows) for reason, rows in entries.left_out.items()},
+        "examples": {reason: rows[:5] for reason, rows in entries.left_out.items()},
     }
 
 
-def count(report: dict, entry: Entry, what: str, problem: str, detail: str = ""):
-    numbers = report["splits"][entry.split][what]
+def count(report: dict, entry: Entry, key: str, problem: str, detail: str = ""):
+    """Count one row with a problem. The first five of each problem are named."""
+    numbers = report["splits"][entry.split][key]
     numbers[problem] = numbers.get(problem, 0) + 1
     examples = report["examples"].setdefault(problem, [])
     if len(examples) < 5:
-        examples.append(f"{entry.where}: {entry.path}{detail}")
+        examples.append(f"{entry.place}: {entry.path}{detail}")
 
 
-def sum_up(report: dict, kept: list[tuple[Entry, Converted]]):
-    for split, numbers in report["splits"].items():
-        here = [(entry, result) for entry, result in kept if entry.split == split]
-        seconds = sum(result.seconds for _, result in here if not result.problem)
-        numbers["kept"], numbers["hours"] = len(here), round(seconds / 3600, 4)
-        numbers["without a transcript"] = sum(not entry.sentence.strip() for entry, _ in here)
-
-
-def write_corpus(folder: Path, target: str, kept: list[Entry], report: dict):
-    """The layout of read_corpus. The sentences of the source's other directions are kept."""
-    spoken, direction = folder / "validated.tsv", f"{folder.name}_{target}"
-    before = read_tsv(spoken, ("path", "sentence")).values() if spoken.exists() else []
-    sentences = {row["path"]: row["sentence"] for row in before}
-    sentences |= {prepared_name(entry): entry.sentence for entry in kept}
-    rows = [(prepared_name(entry), entry.translation, entry.split) for entry in kept]
-    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    # First the report: from then on the folder is known to be ours.
-    write_whole(folder / f"prepared.{direction}.json", text.encode())
-    write_tsv(spoken, ("path", "sentence"), sentences.items())
-    write_tsv(folder / f"covost_v2.{direction}.tsv", ("path", "translation", "split"), rows)
-
-
-def write_tsv(path: Path, columns: tuple[str, ...], rows):
-    """A table from which read_tsv reads the same cells again."""
-    lines = ["\t".join(re.sub(r"[\\\t\r\n]", r"\\\g<0>", cell) for cell in row) for row in rows]
-    write_whole(path, "\n".join(["\t".join(columns), *lines, ""]).encode())
-
-
-def print_report(report: dict, were_there: int, folder: Path):
-    """Every number of the report, by split, and examples of what is not as it should be."""
+def print_report(report: dict, n_before: int, folder: Path):
+    """Print every number of the report by split, and examples of each problem."""
     print(f"\n{report['direction']}, {report['corpus']}, version {report['version']}")
     print(f"{'':34}" + "".join(f"{split:>10}" for split in SPLITS))
     splits = report["splits"].values()
     for name in ("kept", "hours", "without a transcript"):
         print(f"{name:34}" + "".join(f"{numbers[name]:10,}" for numbers in splits))
-    for what in ("left out", "kept in spite of"):
-        for problem in dict.fromkeys(p for numbers in splits for p in numbers[what]):
-            label = f"{what}: {problem}"
-            print(f"{label:34}" + "".join(f"{n[what].get(problem, 0):10,}" for n in splits))
+    for key in ("left out", "kept in spite of"):
+        for problem in dict.fromkeys(p for numbers in splits for p in numbers[key]):
+            label = f"{key}: {problem}"
+            print(f"{label:34}" + "".join(f"{n[key].get(problem, 0):10,}" for n in splits))
     for reason, n in report["in no split"].items():
-        if n:
-            print(f"{n:,} row{'s'[: n > 1]} in no split: {reason}")
+        print(f"{n:,} row{'s'[: n > 1]} in no split: {reason}")
     for reason, rows in report["examples"].items():
         for row in rows:
             print(f"    {reason}: {row}")
+    print(report["overlap"])
     if report["note"]:
         print(report["note"])
-    print(f"{were_there:,} clips were converted before. The corpus and this report: {folder}")
+    print(f"{n_before:,} clips were converted before. The corpus and this report: {folder}")
 
+
+# ----------------------------------------------------------------------------------------- command
 
 EXAMPLES = """
 examples:
@@ -375,7 +465,7 @@ examples:
   python tools/prepare.py fleurs --fleurs fleurs --lang fr --out F
   python tools/prepare.py table --table mine.tsv --audio recordings --lang cy --out M
 
-Each can be stopped with Ctrl-C and goes on when it is started again. Then train with
+Each can be stopped with Ctrl-C and continues when it is started again. Then train with
   python train.py --data C --lang fr,de
 """
 
@@ -405,28 +495,35 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run_prepare(args: argparse.Namespace):
+def run_prepare(args: argparse.Namespace) -> int:
     directions = parse_directions(args.lang)
     if args.corpus == "table" and len(directions) > 1:
         raise ValueError(f"--lang {args.lang}: a table is prepared one direction at a time")
     find, _ = CORPORA[args.corpus]
-    for direction in directions:  # what is missing shows before hours of work
+    for direction in directions:  # report missing files before hours of work
         find(args, *direction)
-    for direction in directions:
-        prepare(args, *direction)
+    code = 0
+    for source, target in directions:
+        if empty := prepare(args, source, target):
+            print(
+                f"prepare.py: {source}-{target} has no usable clip in {', '.join(empty)}; "
+                "the numbers above say why",
+                file=sys.stderr,
+            )
+            code = 1
+    return code
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
-        run_prepare(args)
+        return run_prepare(args)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print("\nstopped; the same command continues from here", file=sys.stderr)
         return 130
     except (ValueError, OSError, BrokenProcessPool) as error:
         print(f"prepare.py: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -85,14 +85,11 @@ def test_only_clips_with_a_transcript_are_planned_to_be_transcribed(tmp_path, ca
     (tmp_path / "fr").mkdir()
     (tmp_path / "fr" / "clips").symlink_to(clips)
     names = sorted(path.name for path in clips.iterdir())[:4]
-    said = [f"{name}\t{'oui' * (i == 0)}" for i, name in enumerate(names)]
-    translated = [f"{name}\tyes\ttrain" for name in names]
-    (tmp_path / "fr" / "validated.tsv").write_text("\n".join(["path\tsentence", *said]))
-    table = tmp_path / "fr" / "covost_v2.fr_en.tsv"
-    table.write_text("\n".join(["path\ttranslation\tsplit", *translated]))
+    rows = [(name, "oui" * (i == 0), "yes", "train") for i, name in enumerate(names)]
+    toys.write_corpus(tmp_path, rows)
     out = planned(capsys, "tiny", "--lang", "fr", "--data", str(tmp_path))
     assert "fr-en                  4           1" in out
-    table.write_text("path\ttranslation\tsplit\n")
+    toys.write_corpus(tmp_path, [])
     assert plan.main(["tiny", "--lang", "fr", "--data", str(tmp_path)]) == 2
     assert "the fr-en corpus in" in capsys.readouterr().err
 
