@@ -127,7 +127,7 @@ def test_a_folder_with_a_model_or_with_other_files_is_refused_and_left_alone(
     ("flags", "message"),
     [
         (("--lang", "german"), "did you mean 'de'"),
-        (("--lang", "it"), "looked for"),
+        (("--lang", "it"), "no it-en corpus in"),
         (("--data", "/nowhere"), "no fr-en corpus in /nowhere"),
         (("--asr", "2"), "from 0 (none) to 1"),
         (("--preset", "llast-8b"), "get it with\n    hf download openai/whisper-large-v2"),
