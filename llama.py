@@ -8,10 +8,6 @@ load without a table of names. Cached steps equal the full pass: tests/test_llam
 """
 
 import json
-import pickle
-import re
-import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -299,25 +295,20 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype: torch.dtype = torch.float32, device="cpu") -> "Llama":
-        """Read a Hugging Face Llama folder, or one of Meta's own (params.json, consolidated.*.pth).
+        """Read a Hugging Face folder of Llama with safetensors.
 
-        Every tensor must be there with its shape, and no other. Only `rotary_emb.inv_freq` and
-        `rope.freqs` of old files are left out, by name: they follow from rope_theta.
+        Every tensor must be there with its shape, and no other. Only `rotary_emb.inv_freq` of old
+        files is left out, by name: it follows from rope_theta.
         """
         folder = Path(folder)
-        if (folder / "config.json").is_file():
-            config = LlamaConfig.from_json(folder / "config.json")
-            stored = chain.from_iterable(map(stored_tensors, weight_files(folder)))
-        elif (folder / "params.json").is_file():
-            config, stored = read_meta(folder)
-        else:
-            raise FileNotFoundError(f"{folder} is no Llama: no config.json, no params.json there")
+        files = weight_files(folder)
+        config = LlamaConfig.from_json(folder / "config.json")
         with torch.device("meta"):
             llama = cls(config)
         weights = {
             name: tensor.to(device, dtype)
-            for name, tensor in stored
-            if not name.endswith(("rotary_emb.inv_freq", "rope.freqs"))
+            for name, tensor in chain.from_iterable(map(stored_tensors, files))
+            if not name.endswith("rotary_emb.inv_freq")
         }
         embedding = weights.get("model.embed_tokens.weight")
         if llama.config.tie_word_embeddings and embedding is not None:
@@ -327,72 +318,6 @@ class Llama(nn.Module):
         llama.load_state_dict(weights, assign=True)
         llama.tie()
         return llama
-
-
-META_NAMES = {  # Meta's name: the name here, and the dimension along which its files are joined
-    "tok_embeddings": ("model.embed_tokens", 1),
-    "attention.wq": ("self_attn.q_proj", 0),
-    "attention.wk": ("self_attn.k_proj", 0),
-    "attention.wv": ("self_attn.v_proj", 0),
-    "attention.wo": ("self_attn.o_proj", 1),
-    "feed_forward.w1": ("mlp.gate_proj", 0),
-    "feed_forward.w2": ("mlp.down_proj", 1),
-    "feed_forward.w3": ("mlp.up_proj", 0),
-    "attention_norm": ("input_layernorm", None),  # the same in every file
-    "ffn_norm": ("post_attention_layernorm", None),
-    "norm": ("model.norm", None),
-    "output": ("lm_head", 0),
-}
-
-
-def read_meta(folder: Path) -> tuple[LlamaConfig, Iterator[tuple[str, Tensor]]]:
-    """Configuration and (name, tensor) pairs of Meta's own files, joined and named as here."""
-    params = read_json(folder / "params.json")
-    if params.get("use_scaled_rope"):
-        raise ValueError(f"{folder}/params.json asks for use_scaled_rope, which is not built here")
-    files = sorted(folder.glob("consolidated.*.pth"))
-    names = [file.name for file in files]
-    if not names or names != [f"consolidated.{i:02}.pth" for i in range(len(names))]:
-        raise FileNotFoundError(f"{folder} needs consolidated.00.pth and on, found {names}")
-    parts = [dict(stored_tensors(file)) for file in files]
-    uneven = [
-        name
-        for name in sorted(set().union(*parts))
-        if len({part[name].shape if name in part else None for part in parts}) > 1
-    ]
-    if uneven or "tok_embeddings.weight" not in parts[0]:
-        what = uneven[:8] or "no tok_embeddings.weight"
-        raise ValueError(f"the files {names} in {folder} do not belong together: {what}")
-    H, Hk = params["n_heads"], params.get("n_kv_heads") or params["n_heads"]
-    wide = int((params.get("ffn_dim_multiplier") or 1) * int(8 * params["dim"] / 3))
-    config = LlamaConfig(
-        hidden_size=params["dim"],
-        intermediate_size=-(-wide // params["multiple_of"]) * params["multiple_of"],
-        num_hidden_layers=params["n_layers"],
-        num_attention_heads=H,
-        num_key_value_heads=Hk,
-        head_dim=params["dim"] // H,
-        vocab_size=len(parts[0]["tok_embeddings.weight"]),  # params.json says -1
-        rms_norm_eps=params["norm_eps"],
-        rope_theta=params.get("rope_theta", 10_000.0),
-        tie_word_embeddings=False,
-    )
-    return config, (join_meta(name, parts, config.head_dim) for name in sorted(parts[0]))
-
-
-def join_meta(name: str, parts: list[dict[str, Tensor]], Dh: int) -> tuple[str, Tensor]:
-    """One tensor, put together from its part in every file, under its name here."""
-    layer, last = re.fullmatch(r"(layers\.\d+\.)?(.*?)(?:\.weight)?", name).groups()
-    if last not in META_NAMES:
-        return name, parts[0][name]  # nothing here has that name, and must_match will say so
-    ours, dim = META_NAMES[last]
-    pieces = [part[name] for part in parts]
-    tensor = pieces[0] if dim is None or len(pieces) == 1 else torch.cat(pieces, dim)
-    if last in ("attention.wq", "attention.wk") and len(tensor) % Dh == 0:
-        # Meta turns dimension i together with i + 1, this file with i + Dh/2: see `rotate`.
-        pairs = tensor.reshape(-1, Dh // 2, 2, tensor.shape[-1])
-        tensor = pairs.transpose(1, 2).reshape(tensor.shape)
-    return f"{'model.' + layer if layer else ''}{ours}.weight", tensor
 
 
 # ------------------------------------------------------------------------------------ weight files
@@ -413,36 +338,29 @@ def read_json(path: Path) -> dict:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with the weights of a Hugging Face folder, safetensors before pickles."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            return [folder / name]
-        if index.is_file():
-            shards = sorted(set(read_json(index)["weight_map"].values()))
-            absent = [shard for shard in shards if not (folder / Path(shard).name).is_file()]
-            if absent:
-                raise FileNotFoundError(f"{folder} lacks {absent}, which {index.name} names")
-            return [folder / Path(shard).name for shard in shards]
-    raise FileNotFoundError(
-        f"{folder} has no weights: looked for model.safetensors, pytorch_model.bin and their "
-        f"model.safetensors.index.json, pytorch_model.bin.index.json"
-    )
+    """The safetensors files of a Hugging Face folder: one, or the shards that its index names."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        raise FileNotFoundError(
+            f"{folder} is not a Hugging Face folder with model.safetensors (or its index). Convert "
+            f"other weights with: python tools/convert.py whisper|llama {folder} --out NEW_FOLDER"
+        )
+    shards = sorted(set(read_json(index)["weight_map"].values()))
+    absent = [shard for shard in shards if not (folder / Path(shard).name).is_file()]
+    if absent:
+        raise FileNotFoundError(f"{folder} lacks {absent}, which {index.name} names")
+    return [folder / Path(shard).name for shard in shards]
 
 
 def stored_tensors(file: Path):
-    """Every (name, tensor) of a weight file, read when asked for; code in the file is never run."""
+    """Every (name, tensor) of a safetensors file, each read when it is needed."""
     try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as stored:
-                for name in stored.keys():  # noqa: SIM118, it is no dict
-                    yield name, stored.get_tensor(name)
-        else:
-            mapped = zipfile.is_zipfile(file)  # files from before torch 1.6 are not
-            yield from torch.load(file, "cpu", weights_only=True, mmap=mapped).items()
-    except pickle.UnpicklingError as error:  # torch's words advise to run what is in the file
-        raise ValueError(f"{file} holds more than weights, or none; it is not opened") from error
-    except Exception as error:  # torch.load has no end of ways to fail on what is no weight file
+        with safe_open(file, "pt") as stored:
+            for name in stored.keys():  # noqa: SIM118, it is not a dict
+                yield name, stored.get_tensor(name)
+    except Exception as error:
         raise ValueError(f"{file} cannot be read as weights, is it cut short? {error!r}") from error
 
 

@@ -10,9 +10,6 @@ A clip enters alone or in any batch with the same result: tests/test_whisper_enc
 import json
 import math
 import os
-import pickle
-import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -323,68 +320,23 @@ class WhisperEncoder(nn.Module):
     def from_pretrained(
         cls, path, dtype: torch.dtype = torch.float32, device="cpu"
     ) -> "WhisperEncoder":
-        """Read a Hugging Face Whisper folder, or OpenAI's own file (whisper's tiny.pt and so on).
+        """Read a Hugging Face folder of Whisper with safetensors.
 
         Every tensor of the encoder must be there with its shape; the decoder is left out by name.
         """
         path = Path(path)
-        if path.suffix == ".pt" and path.is_file():
-            config, stored = read_openai(path)
-        elif (path / "config.json").is_file():
-            config = WhisperConfig.from_json(path / "config.json")
-            stored = chain.from_iterable(map(stored_tensors, weight_files(path)))
-        else:
-            raise FileNotFoundError(
-                f"{path} is no Whisper: it is neither a folder with config.json nor a .pt file"
-            )
+        files = weight_files(path)
+        config = WhisperConfig.from_json(path / "config.json")
         with torch.device("meta"):
             encoder = cls(config)
         weights = {}
-        for name, tensor in stored:
+        for name, tensor in chain.from_iterable(map(stored_tensors, files)):
             name = name.removeprefix("model.")  # ...ForConditionalGeneration adds it
             if not name.startswith(("decoder.", "proj_out.")):
                 weights[name.removeprefix("encoder.")] = tensor.to(device, dtype)
         must_match(encoder.state_dict(), weights, path)
         encoder.load_state_dict(weights, assign=True)
         return encoder
-
-
-OPENAI_NAMES = (  # parts of OpenAI's names and what they are called here
-    ("blocks.", "layers."),
-    ("attn.query.", "self_attn.q_proj."),
-    ("attn.key.", "self_attn.k_proj."),
-    ("attn.value.", "self_attn.v_proj."),
-    ("attn.out.", "self_attn.out_proj."),
-    ("attn_ln.", "self_attn_layer_norm."),
-    ("mlp.0.", "fc1."),
-    ("mlp.2.", "fc2."),
-    ("mlp_ln.", "final_layer_norm."),
-    ("ln_post.", "layer_norm."),
-    ("positional_embedding", "embed_positions.weight"),
-)
-
-
-def read_openai(file: Path) -> tuple[WhisperConfig, Iterator[tuple[str, Tensor]]]:
-    """Configuration and (name, tensor) pairs of one of OpenAI's files, named as here."""
-    stored = dict(stored_tensors(file))
-    if stored.keys() != {"dims", "model_state_dict"}:
-        raise ValueError(f"{file} is none of OpenAI's Whisper files: it holds {sorted(stored)[:5]}")
-    dims = stored["dims"]
-    config = WhisperConfig(
-        num_mel_bins=dims["n_mels"],
-        d_model=dims["n_audio_state"],
-        encoder_layers=dims["n_audio_layer"],
-        encoder_attention_heads=dims["n_audio_head"],
-        encoder_ffn_dim=4 * dims["n_audio_state"],
-        max_source_positions=dims["n_audio_ctx"],
-    )
-
-    def renamed(name: str) -> str:
-        for theirs, ours in OPENAI_NAMES:
-            name = name.replace(theirs, ours)
-        return name
-
-    return config, ((renamed(name), tensor) for name, tensor in stored["model_state_dict"].items())
 
 
 # ------------------------------------------------------------------------------------ weight files
@@ -405,36 +357,29 @@ def read_json(path: Path) -> dict:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with the weights of a Hugging Face folder, safetensors before pickles."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            return [folder / name]
-        if index.is_file():
-            shards = sorted(set(read_json(index)["weight_map"].values()))
-            absent = [shard for shard in shards if not (folder / Path(shard).name).is_file()]
-            if absent:
-                raise FileNotFoundError(f"{folder} lacks {absent}, which {index.name} names")
-            return [folder / Path(shard).name for shard in shards]
-    raise FileNotFoundError(
-        f"{folder} has no weights: looked for model.safetensors, pytorch_model.bin and their "
-        f"model.safetensors.index.json, pytorch_model.bin.index.json"
-    )
+    """The safetensors files of a Hugging Face folder: one, or the shards that its index names."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        raise FileNotFoundError(
+            f"{folder} is not a Hugging Face folder with model.safetensors (or its index). Convert "
+            f"other weights with: python tools/convert.py whisper|llama {folder} --out NEW_FOLDER"
+        )
+    shards = sorted(set(read_json(index)["weight_map"].values()))
+    absent = [shard for shard in shards if not (folder / Path(shard).name).is_file()]
+    if absent:
+        raise FileNotFoundError(f"{folder} lacks {absent}, which {index.name} names")
+    return [folder / Path(shard).name for shard in shards]
 
 
 def stored_tensors(file: Path):
-    """Every (name, tensor) of a weight file, read when asked for; code in the file is never run."""
+    """Every (name, tensor) of a safetensors file, each read when it is needed."""
     try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as stored:
-                for name in stored.keys():  # noqa: SIM118, it is no dict
-                    yield name, stored.get_tensor(name)
-        else:
-            mapped = zipfile.is_zipfile(file)  # files from before torch 1.6 are not
-            yield from torch.load(file, "cpu", weights_only=True, mmap=mapped).items()
-    except pickle.UnpicklingError as error:  # torch's words advise to run what is in the file
-        raise ValueError(f"{file} holds more than weights, or none; it is not opened") from error
-    except Exception as error:  # torch.load has no end of ways to fail on what is no weight file
+        with safe_open(file, "pt") as stored:
+            for name in stored.keys():  # noqa: SIM118, it is not a dict
+                yield name, stored.get_tensor(name)
+    except Exception as error:
         raise ValueError(f"{file} cannot be read as weights, is it cut short? {error!r}") from error
 
 

@@ -1,13 +1,27 @@
-"""Convert weights to Hugging Face folders, and a trained LLaST to and from other programs."""
+"""Convert weights to Hugging Face folders, and a trained LLaST to and from other programs.
+
+    whisper, llama   other files of weights -> a Hugging Face folder with safetensors
+    export           a trained LLaST -> merged folders for transformers, adapters for peft
+    import           a checkpoint of the original LLaST, or an exported folder -> a trained LLaST
+
+Each command writes a new folder: all of it, or nothing.
+"""
 
 import argparse
 import json
+import os
+import pickle
 import re
 import shutil
 import sys
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -15,9 +29,265 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository, whatever the folder is
 
 from data import TEMPLATES, parse_directions
+from llama import Llama, LlamaConfig
 from llast import LLaST, LLaSTConfig, check_bases, fingerprints_of
 from lora import LoRALinear, lora_layers, merge_lora
-from whisper_encoder import WINDOWS, read_json, stored_tensors, weight_files
+from whisper_encoder import WINDOWS, WhisperEncoder, read_json, stored_tensors, weight_files
+
+# -------------------------------------------------------------------------------- reading pickles
+
+
+def read_pickle(file: Path) -> dict:
+    """The dictionary that torch.save wrote to a file. Nothing in the file is run.
+
+    Tensors are mapped: their numbers are read from the disk only when they are used.
+    """
+    try:
+        mapped = zipfile.is_zipfile(file)  # files from before torch 1.6 are not
+        stored = torch.load(file, "cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:  # torch's own message advises to run the file's code
+        raise ValueError(
+            f"{file} contains Python objects other than tensors; it was not loaded, because such "
+            f"a file can run code"
+        ) from error
+    except Exception as error:  # torch.load fails in many ways on other files
+        raise ValueError(f"{file} cannot be read as weights, is it cut short? {error!r}") from error
+    if not isinstance(stored, dict):
+        raise ValueError(f"{file} must hold a dictionary of tensors, not a {type(stored).__name__}")
+    return stored
+
+
+# --------------------------------------------------------------------- writing Hugging Face folders
+
+SHARD_BYTES = 2 << 30  # of the files that are written; one of them at a time is in memory
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill. It gets the name `out` at the end; after an error nothing is left."""
+    if out.exists():
+        raise ValueError(f"{out} is there already; name another folder with --out")
+    partial = out.with_name(f".{out.name}.{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        # safetensors makes files that only the owner can read. Give them normal permissions.
+        other = next(partial.rglob("*.json"))
+        for file in partial.rglob("*.safetensors"):
+            shutil.copymode(other, file)
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def split_into_shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Copies of the tensors, in dictionaries of at most SHARD_BYTES (or one larger tensor)."""
+    shard, n_bytes = {}, 0
+    for name, tensor in tensors:
+        if shard and n_bytes + tensor.nbytes > SHARD_BYTES:
+            yield shard
+            shard.clear()  # the caller holds the same dictionary, so this frees its memory
+            n_bytes = 0
+        # In a pickle, tied tensors share memory, which safetensors does not allow.
+        shard[name] = tensor.clone(memory_format=torch.contiguous_format)
+        n_bytes += tensor.nbytes
+    yield shard
+
+
+def save_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path):
+    """Write model.safetensors, or shards and their index if the tensors need more than one file."""
+    file_of, n_bytes = {}, 0
+    for i, shard in enumerate(split_into_shards(tensors), start=1):
+        file = folder / f"model-{i:05}.safetensors"
+        save_file(shard, file, {"format": "pt"})
+        file_of |= dict.fromkeys(shard, file.name)
+        n_bytes += sum(tensor.nbytes for tensor in shard.values())
+    if i == 1:
+        file.rename(folder / "model.safetensors")
+    else:
+        write_json(
+            {"metadata": {"total_size": n_bytes}, "weight_map": file_of},
+            folder / "model.safetensors.index.json",
+        )
+
+
+def write_json(value: dict, file: Path):
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_other_files(source: Path, out: Path):
+    """Copy what a Hugging Face folder has besides weights: configuration, tokenizer, licence."""
+    for file in source.iterdir():
+        if file.suffix in (".json", ".model", ".txt", ".jinja") and ".index." not in file.name:
+            shutil.copy(file, out)
+
+
+# ---------------------------------------------------------------------- Whisper and Llama of others
+
+
+def convert(source: Path, out: Path, model: type[WhisperEncoder] | type[Llama]):
+    """Write the weights of `source` as a Hugging Face folder, and load that once as a check."""
+    with new_folder(out) as partial:
+        if (source / "config.json").is_file():
+            config, tensors = read_json(source / "config.json"), read_bin_folder(source)
+        else:
+            config, tensors = (read_openai if model is WhisperEncoder else read_meta)(source)
+        if source.is_dir():
+            copy_other_files(source, partial)
+        if model is Llama and not (source / "tokenizer.model").is_file():
+            shutil.copy(
+                source.parent / "tokenizer.model", partial
+            )  # where Meta's downloads have it
+        write_json(config, partial / "config.json")
+        save_weights(tensors, partial)
+        try:
+            model.from_pretrained(partial, torch.bfloat16)  # half the memory of float32
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(partial), str(source))) from error
+
+
+def read_bin_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) pairs of a Hugging Face folder with pytorch_model.bin, whole or in shards."""
+    index = folder / "pytorch_model.bin.index.json"
+    names = ["pytorch_model.bin"]
+    if index.is_file():
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    absent = [name for name in names if not (folder / Path(name).name).is_file()]
+    if absent:
+        raise FileNotFoundError(f"{folder} has config.json, but not {absent}")
+    return chain.from_iterable(read_pickle(folder / Path(name).name).items() for name in names)
+
+
+OPENAI_NAMES = (  # parts of OpenAI's names -> the same parts of Hugging Face's names
+    (".blocks.", ".layers."),
+    (".cross_attn.", ".encoder_attn."),
+    (".cross_attn_ln.", ".encoder_attn_layer_norm."),
+    (".attn.", ".self_attn."),
+    (".attn_ln.", ".self_attn_layer_norm."),
+    (".query.", ".q_proj."),
+    (".key.", ".k_proj."),
+    (".value.", ".v_proj."),
+    (".out.", ".out_proj."),
+    (".mlp.0.", ".fc1."),
+    (".mlp.2.", ".fc2."),
+    (".mlp_ln.", ".final_layer_norm."),
+    ("encoder.ln_post.", "encoder.layer_norm."),
+    ("decoder.ln.", "decoder.layer_norm."),
+    (".token_embedding.", ".embed_tokens."),
+    (".positional_embedding", ".embed_positions.weight"),
+)
+
+
+def read_openai(file: Path) -> tuple[dict, Iterator[tuple[str, Tensor]]]:
+    """config.json, and (name, tensor) pairs, of one of OpenAI's Whisper files such as tiny.pt."""
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} is not a Whisper: name OpenAI's .pt file, or a folder with config.json and "
+            f"pytorch_model.bin"
+        )
+    stored = read_pickle(file)
+    if stored.keys() != {"dims", "model_state_dict"}:
+        raise ValueError(
+            f"{file} is not one of OpenAI's Whisper files: it must hold dims and "
+            f"model_state_dict, but it holds {sorted(map(str, stored))[:5]}"
+        )
+    dims = stored["dims"]
+    config = {
+        "model_type": "whisper",
+        "architectures": ["WhisperForConditionalGeneration"],
+        "num_mel_bins": dims["n_mels"],
+        "d_model": dims["n_audio_state"],
+        "vocab_size": dims["n_vocab"],
+        "max_source_positions": dims["n_audio_ctx"],
+        "max_target_positions": dims["n_text_ctx"],
+    }
+    for part, size in (("encoder", "audio"), ("decoder", "text")):
+        config[f"{part}_layers"] = dims[f"n_{size}_layer"]
+        config[f"{part}_attention_heads"] = dims[f"n_{size}_head"]
+        config[f"{part}_ffn_dim"] = 4 * dims[f"n_{size}_state"]
+
+    def rename(name: str) -> str:
+        for theirs, ours in OPENAI_NAMES:
+            name = name.replace(theirs, ours)
+        return f"model.{name}"
+
+    return config, ((rename(name), tensor) for name, tensor in stored["model_state_dict"].items())
+
+
+META_NAMES = {  # Meta's name: Hugging Face's name, and the dimension that Meta's files divide
+    "tok_embeddings": ("model.embed_tokens", 1),
+    "attention.wq": ("self_attn.q_proj", 0),
+    "attention.wk": ("self_attn.k_proj", 0),
+    "attention.wv": ("self_attn.v_proj", 0),
+    "attention.wo": ("self_attn.o_proj", 1),
+    "feed_forward.w1": ("mlp.gate_proj", 0),
+    "feed_forward.w2": ("mlp.down_proj", 1),
+    "feed_forward.w3": ("mlp.up_proj", 0),
+    "attention_norm": ("input_layernorm", None),  # the same in every file
+    "ffn_norm": ("post_attention_layernorm", None),
+    "norm": ("model.norm", None),
+    "output": ("lm_head", 0),
+}
+
+
+def read_meta(folder: Path) -> tuple[dict, Iterator[tuple[str, Tensor]]]:
+    """config.json, and (name, tensor) pairs, of a folder of Meta's own Llama files."""
+    if not (folder / "params.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} is not a Llama: it has neither params.json nor config.json"
+        )
+    params = read_json(folder / "params.json")
+    if params.get("use_scaled_rope"):
+        raise ValueError(f"{folder}/params.json asks for use_scaled_rope, which is not built here")
+    files = sorted(folder.glob("consolidated.*.pth"))
+    names = [file.name for file in files]
+    if not names or names != [f"consolidated.{i:02}.pth" for i in range(len(names))]:
+        raise FileNotFoundError(f"{folder} needs consolidated.00.pth and on, found {names}")
+    parts = [read_pickle(file) for file in files]
+    uneven = [
+        name
+        for name in sorted(set().union(*parts))
+        if len({part[name].shape if name in part else None for part in parts}) > 1
+    ]
+    if uneven or "tok_embeddings.weight" not in parts[0]:
+        fault = uneven[:8] or "no tok_embeddings.weight"
+        raise ValueError(f"the files {names} in {folder} do not belong together: {fault}")
+    H, Hk = params["n_heads"], params.get("n_kv_heads") or params["n_heads"]
+    wide = int((params.get("ffn_dim_multiplier") or 1) * int(8 * params["dim"] / 3))
+    config = LlamaConfig(
+        hidden_size=params["dim"],
+        intermediate_size=-(-wide // params["multiple_of"]) * params["multiple_of"],
+        num_hidden_layers=params["n_layers"],
+        num_attention_heads=H,
+        num_key_value_heads=Hk,
+        head_dim=params["dim"] // H,
+        vocab_size=len(parts[0]["tok_embeddings.weight"]),  # params.json says -1
+        rms_norm_eps=params["norm_eps"],
+        rope_theta=params.get("rope_theta", 10_000.0),
+        tie_word_embeddings=False,
+    )
+    kind = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    names = [name for name in sorted(parts[0]) if name != "rope.freqs"]  # follow from rope_theta
+    return kind | asdict(config), (join_meta(name, parts, config.head_dim) for name in names)
+
+
+def join_meta(name: str, parts: list[dict[str, Tensor]], Dh: int) -> tuple[str, Tensor]:
+    """One tensor, joined from its part in every file, and its name in a Hugging Face folder."""
+    layer, last = re.fullmatch(r"(layers\.\d+\.)?(.*?)(?:\.weight)?", name).groups()
+    if last not in META_NAMES:
+        return name, parts[0][name]  # the check after writing reports it
+    ours, dim = META_NAMES[last]
+    pieces = [part[name] for part in parts]
+    tensor = pieces[0] if dim is None or len(pieces) == 1 else torch.cat(pieces, dim)
+    if last in ("attention.wq", "attention.wk") and len(tensor) % Dh == 0:
+        # Meta rotates dimensions i and i + 1 together, llama.py i and i + Dh/2: see `rotate`.
+        pairs = tensor.reshape(-1, Dh // 2, 2, tensor.shape[-1])
+        tensor = pairs.transpose(1, 2).reshape(tensor.shape)
+    return f"{'model.' + layer if layer else ''}{ours}.weight", tensor
+
+
+# ------------------------------------------------------------------------------------------- export
 
 PEFT_PREFIX = "base_model.model."
 NOT_BUILT = {  # switches of adapter_config.json that change the computation, with their off state
@@ -48,7 +318,52 @@ def save_peft(module: nn.Module, folder, prefix: str = ""):
         "inference_mode": True,
     }
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(config, folder / "adapter_config.json")
+
+
+LORAS = {  # folder of a LoRA: its module here, and that module's place in the base
+    "encoder-lora": ("speech_encoder", "encoder."),
+    "llm-lora": ("llm", ""),
+}
+
+
+def export(model: LLaST, out: Path):
+    """Write what others can load: both LoRAs for peft, the projector, merged bases, and use.json.
+
+    out/whisper and out/llama are Hugging Face folders; out/encoder-lora belongs on transformers'
+    WhisperModel, out/llm-lora on its LlamaForCausalLM. The model is merged afterwards.
+    """
+    settings = {name: getattr(model.config, name) for name in ("template", "window", "directions")}
+    settings["fingerprints"] = fingerprints_of(model.config)
+    with new_folder(out) as partial:
+        write_json(settings, partial / "use.json")
+        save_file(model.projector.state_dict(), partial / "projector.safetensors")
+        for name, (module, place) in LORAS.items():
+            if lora_layers(model.get_submodule(module)):
+                save_peft(model.get_submodule(module), partial / name, place)
+        merge_lora(model)
+        merged = {
+            f"{place}{name}.weight": layer.weight
+            for module, place in LORAS.values()
+            for name, layer in model.get_submodule(module).named_modules()
+            if isinstance(layer, LoRALinear)
+        }
+        for name, base in (("whisper", model.config.encoder), ("llama", model.config.llm)):
+            (partial / name).mkdir()
+            copy_other_files(Path(base), partial / name)
+            save_weights(merge_into(Path(base), merged), partial / name)
+        if merged:
+            raise ValueError(f"the bases lack merged weights: {sorted(merged)[:8]}")
+
+
+def merge_into(base: Path, merged: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) pairs of a base. Merged weights replace their namesakes and leave `merged`."""
+    for name, tensor in chain.from_iterable(map(stored_tensors, weight_files(base))):
+        ours = name if name in merged else name.removeprefix("model.")  # some Whisper files have it
+        yield name, merged.pop(ours, tensor).to(tensor.dtype)  # keep the precision of the file
+
+
+# ------------------------------------------------------------------------------------------- import
 
 
 def read_peft(folder, prefix: str = "") -> tuple[float, dict[str, Tensor]]:
@@ -74,55 +389,6 @@ def read_peft(folder, prefix: str = "") -> tuple[float, dict[str, Tensor]]:
     return config["lora_alpha"], tensors
 
 
-LORAS = {  # folder of a LoRA: its module here, and that module's place in the base
-    "encoder-lora": ("speech_encoder", "encoder."),
-    "llm-lora": ("llm", ""),
-}
-
-
-def export(model: LLaST, out: Path):
-    """Write what others can load: both LoRAs for peft, the projector, merged bases, and use.json.
-
-    out/whisper and out/llama are Hugging Face folders; out/encoder-lora belongs on transformers'
-    WhisperModel, out/llm-lora on its LlamaForCausalLM.
-    """
-    bases = {"whisper": Path(model.config.encoder), "llama": Path(model.config.llm)}
-    for base in bases.values():
-        if not (base / "config.json").is_file():
-            raise ValueError(f"{base} is not in Hugging Face's layout; export knows no other")
-    out.mkdir(parents=True)
-    for name, (module, place) in LORAS.items():
-        if lora_layers(model.get_submodule(module)):
-            save_peft(model.get_submodule(module), out / name, place)
-    save_file(model.projector.state_dict(), out / "projector.safetensors")
-    how = {name: getattr(model.config, name) for name in ("template", "window", "directions")}
-    how["fingerprints"] = fingerprints_of(model.config)
-    (out / "use.json").write_text(json.dumps(how, indent=2) + "\n")
-    merge_lora(model)
-    merged = {
-        f"{place}{name}.weight": layer.weight
-        for module, place in LORAS.values()
-        for name, layer in model.get_submodule(module).named_modules()
-        if isinstance(layer, LoRALinear)
-    }
-    for name, base in bases.items():
-        (out / name).mkdir()
-        for file in base.iterdir():
-            if file.suffix in (".json", ".model", ".txt") and ".index." not in file.name:
-                shutil.copy(file, out / name)
-        tensors = {}
-        for key, tensor in chain.from_iterable(map(stored_tensors, weight_files(base))):
-            # Whisper files may have `model.` in front; each stays in the precision it came in, and
-            # gets memory of its own, which tied tensors of a .bin file share.
-            known = key if key in merged else key.removeprefix("model.")
-            tensors[key] = merged.pop(known, tensor).to(tensor.dtype, copy=True).contiguous()
-        save_file(tensors, out / name / "model.safetensors", {"format": "pt"})
-    for file in out.rglob("*.safetensors"):
-        shutil.copymode(out / "use.json", file)
-    if merged:
-        raise ValueError(f"merged weights that the bases' files do not have: {sorted(merged)[:8]}")
-
-
 def read_exported(folder: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
     """From a folder as `export` writes it: the trained tensors, and alpha of each LoRA."""
     projector = stored_tensors(folder / "projector.safetensors")
@@ -143,7 +409,7 @@ def read_original(path: Path) -> dict[str, Tensor]:
         path = path / "mp_rank_00_model_states.pt"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; name a checkpoint, or a folder from export")
-    stored = dict(stored_tensors(path))
+    stored = dict(stored_tensors(path)) if path.suffix == ".safetensors" else read_pickle(path)
     stored = stored.get("module") or stored.get("state_dict") or stored
     tensors = {}
     for name, tensor in stored.items():
@@ -181,39 +447,51 @@ def import_trained(args: argparse.Namespace) -> LLaST:
     return model
 
 
+# ------------------------------------------------------------------------------------- command line
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Take a trained LLaST to other programs, or back.")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    out = verbs.add_parser("export", help="merged Hugging Face folders, and adapters for peft")
-    out.add_argument("model", type=Path, help="folder that train.py wrote")
-    back = verbs.add_parser("import", help="the original's checkpoints, or a folder from export")
-    back.add_argument("source", type=Path, help="checkpoint of the original, or exported folder")
-    back.add_argument("--encoder", type=Path, required=True, help="the Whisper it was trained on")
-    back.add_argument("--llm", type=Path, required=True, help="the Llama it was trained on")
-    known = "; an exported folder knows"
-    back.add_argument("--template", choices=TEMPLATES, help=f"its prompt [llama2{known}]")
-    back.add_argument("--window", choices=WINDOWS, help=f"what its encoder was given [30s{known}]")
-    back.add_argument("--lang", help=f"what it can translate, as fr or fr,en-de [paper{known}]")
-    out.add_argument("--encoder", type=Path, help="where the encoder is now, if it has moved")
-    out.add_argument("--llm", type=Path, help="where the LLM is now, if it has moved")
-    for verb in (out, back):
-        verb.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("whisper", help="Whisper weights -> Hugging Face folder")
+    add.add_argument(
+        "source", type=Path, help="OpenAI's .pt file, or folder with pytorch_model.bin"
+    )
+    add = commands.add_parser("llama", help="Llama weights -> Hugging Face folder")
+    add.add_argument("source", type=Path, help="Meta's folder, or folder with pytorch_model.bin")
+    add = commands.add_parser("export", help="trained LLaST -> folders for transformers and peft")
+    add.add_argument("source", type=Path, help="folder that train.py wrote")
+    add.add_argument("--encoder", type=Path, help="where the encoder is now, if it has moved")
+    add.add_argument("--llm", type=Path, help="where the LLM is now, if it has moved")
+    add = commands.add_parser("import", help="checkpoint of the original -> trained LLaST")
+    add.add_argument("source", type=Path, help="checkpoint of the original, or exported folder")
+    add.add_argument("--encoder", type=Path, required=True, help="the Whisper it was trained on")
+    add.add_argument("--llm", type=Path, required=True, help="the Llama it was trained on")
+    stored = "; an exported folder has its own"
+    add.add_argument("--template", choices=TEMPLATES, help=f"its prompt [llama2{stored}]")
+    add.add_argument("--window", choices=WINDOWS, help=f"the encoder's input [30s{stored}]")
+    add.add_argument("--lang", help=f"languages it translates, as fr or fr,en-de [paper{stored}]")
+    for command in commands.choices.values():
+        command.add_argument("--out", type=Path, required=True, help="folder to write; must be new")
     return parser
+
+
+def run(args: argparse.Namespace):
+    if args.command == "whisper":
+        convert(args.source, args.out, WhisperEncoder)
+    elif args.command == "llama":
+        convert(args.source, args.out, Llama)
+    elif args.command == "export":
+        export(LLaST.from_pretrained(args.source, args.encoder, args.llm), args.out)
+    else:
+        with new_folder(args.out) as partial:
+            import_trained(args).save_pretrained(partial)
 
 
 def main() -> int:
     args = build_parser().parse_args()
     try:
-        if args.out.exists():
-            raise ValueError(f"{args.out} is there already; name another folder with --out")
-        try:
-            if args.verb == "export":
-                export(LLaST.from_pretrained(args.model, args.encoder, args.llm), args.out)
-            else:
-                import_trained(args).save_pretrained(args.out)
-        except BaseException:  # half of it could pass for the whole
-            shutil.rmtree(args.out, ignore_errors=True)
-            raise
+        run(args)
     except (ValueError, OSError, SafetensorError) as error:
         print(f"convert.py: {error}", file=sys.stderr)
         return 2

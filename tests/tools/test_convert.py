@@ -193,19 +193,6 @@ def test_what_is_there_is_not_written_over(bases, monkeypatch, capsys):
     assert "llama is there already; name another folder" in capsys.readouterr().err
 
 
-def test_tied_tensors_of_a_bin_file_are_written_each(bases):
-    model = trained_model(bases)
-    file = bases / "whisper" / "model.safetensors"
-    stored = load_file(file)
-    stored["proj_out.weight"] = stored["model.encoder.layer_norm.weight"]  # one memory for both
-    torch.save(stored, bases / "whisper" / "pytorch_model.bin")
-    file.unlink()
-    llast.fingerprint.cache_clear()
-    export(model, bases / "out")
-    written = load_file(bases / "out" / "whisper" / "model.safetensors")
-    assert torch.equal(written["proj_out.weight"], stored["proj_out.weight"])
-
-
 def test_what_fails_half_way_leaves_nothing(bases, monkeypatch, capsys):
     trained_model(bases).save_pretrained(bases / "run")
     export(trained_model(bases), bases / "whole")
