@@ -1,4 +1,4 @@
-"""Run code and hold every `name = ...  # (B, T, D)` comment against the live tensor."""
+"""Run code and compare every comment `name = ...  # (B, T, D)` with the tensor of that name."""
 
 import ast
 import io
@@ -7,82 +7,87 @@ import sys
 import tokenize
 from pathlib import Path
 
-NOTE = re.compile(r"#\s*\(([^()]*(?:\([^()]*\)[^()]*)*)\)")
+SHAPE = re.compile(r"#\s*\(([^()]*(?:\([^()]*\)[^()]*)*)\)")
 
 
 def claims(path: Path) -> dict[int, tuple[int, str, list[str]]]:
-    """First line of each commented assignment -> its last line, the name, the sizes claimed."""
-    source = path.read_text()
-    notes = {}
+    """First line of each commented assignment -> its last line, the name, the sizes."""
+    source = path.read_text(encoding="utf-8")
+    comments = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT and (found := NOTE.match(token.string)):
-            notes[token.start[0]] = [size.strip() for size in found[1].split(",") if size.strip()]
+        if token.type == tokenize.COMMENT and (match := SHAPE.match(token.string)):
+            comments[token.start[0]] = [s.strip() for s in match[1].split(",") if s.strip()]
     result = {}
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Assign) and node.end_lineno in notes:
+        if isinstance(node, ast.Assign) and node.end_lineno in comments:
             target = node.targets[0]
             if isinstance(target, ast.Name):
-                result[node.lineno] = (node.end_lineno, target.id, notes[node.end_lineno])
+                result[node.lineno] = (node.end_lineno, target.id, comments[node.end_lineno])
     return result
 
 
-class Checker:
-    """A tracer. Letters in `known` are fixed for the run; the others hold within one call."""
+def words_of(size: str) -> set[str]:
+    """Letters and names in a size: "2S" has S, "T - 1" has T."""
+    return set(re.findall(r"[A-Za-z_]\w*", re.sub(r"(\d)([A-Za-z])", r"\1*\2", size)))
 
-    def __init__(self, paths, known: dict[str, int]):
+
+class Checker:
+    """A tracer. Letters in `fixed` have one value for the run, others one value for each call."""
+
+    def __init__(self, paths, fixed: dict[str, int]):
         self.claims = {str(path.resolve()): claims(path) for path in paths}
-        self.known, self.wrong, self.seen = known, [], set()
+        self.fixed, self.wrong, self.seen = fixed, [], set()
 
     def value(self, size: str, letters: dict, actual: int):
-        """What a claimed size means here; a letter met for the first time means what it meets."""
-        size = re.sub(r"(\d)([A-Za-z])", r"\1*\2", size)
-        names = set(re.findall(r"[A-Za-z_]\w*", size))
-        unknown = names - letters.keys()
-        if unknown and size == next(iter(unknown)):
+        """The number that a size stands for. A new letter takes the actual size as its value."""
+        unknown = words_of(size) - letters.keys()
+        if unknown == {size}:
             letters[size] = actual
         elif unknown:
-            return None  # an expression of something that nothing has fixed yet: not decidable
-        return eval(size, {}, letters)
+            return None  # an expression with an unknown letter cannot be checked
+        return eval(re.sub(r"(\d)([A-Za-z])", r"\1*\2", size), {}, letters)
 
     def compare(self, frame, line: int, letters: dict):
+        """Compare the comment on a line with the tensor, after the line was executed."""
         path = frame.f_code.co_filename
         _, name, sizes = self.claims[path][line]
         tensor = frame.f_locals.get(name)
         if not hasattr(tensor, "shape"):
             return
-        here = {k: v for k, v in frame.f_locals.items() if isinstance(v, int)}
-        letters |= {k: v for k, v in here.items() if k.isidentifier() and k not in self.known}
-        want = [
-            self.value(size, letters, actual)
-            for size, actual in zip(sizes, tensor.shape, strict=False)
-        ]
+        integers = {k: v for k, v in frame.f_locals.items() if isinstance(v, int)}
+        letters |= {k: v for k, v in integers.items() if k not in self.fixed}
+        pairs = list(zip(sizes, tensor.shape, strict=False))
+        expected = [self.value(size, letters, actual) for size, actual in pairs]
+        equal = [value in (None, actual) for value, (_, actual) in zip(expected, pairs)]
         self.seen.add((Path(path).name, line))
-        decided = [w is None or w == a for w, a in zip(want, tensor.shape, strict=False)]
-        if len(sizes) != tensor.dim() or not all(decided):
+        if len(sizes) != tensor.dim() or not all(equal):
             self.wrong.append(
-                f"{Path(path).name}:{line} says {name} is ({', '.join(sizes)}) = {want}, "
-                f"it is {tuple(tensor.shape)}"
+                f"{Path(path).name}:{line} says {name} is ({', '.join(sizes)}) = {expected}, "
+                f"but it is {tuple(tensor.shape)}"
             )
 
     def __call__(self, frame, event, arg):
-        """The global trace function: follow calls into the watched files only."""
-        here = self.claims.get(frame.f_code.co_filename)
-        if not here:
+        """The trace function of Python: it follows calls only into the checked files."""
+        lines = self.claims.get(frame.f_code.co_filename)
+        if not lines:
             return None
-        letters, pending = dict(self.known), [None]
+        letters, open_line = dict(self.fixed), None
 
         def follow(frame, event, arg):
-            line = pending[0]
-            if line and (event == "return" or not line <= frame.f_lineno <= here[line][0]):
-                self.compare(frame, line, letters)
-                pending[0] = None
-            if event == "line" and frame.f_lineno in here:
-                pending[0] = frame.f_lineno
+            nonlocal open_line
+            if open_line and (
+                event == "return" or not open_line <= frame.f_lineno <= lines[open_line][0]
+            ):
+                self.compare(frame, open_line, letters)
+                open_line = None
+            if event == "line" and frame.f_lineno in lines:
+                open_line = frame.f_lineno
             return follow
 
         return follow
 
     def run(self, work):
+        """Call `work` and check what it executes."""
         before = sys.gettrace()
         sys.settrace(self)
         try:

@@ -1,7 +1,10 @@
 """Comments such as `x = ...  # (B, T, D)` are compared with the tensors while the code runs."""
 
+import ast
+import re
 from pathlib import Path
 
+import pytest
 import soundfile
 import torch
 
@@ -11,9 +14,8 @@ import toys
 import translate
 import whisper_encoder
 from llast import LLaST, LLaSTConfig
-from shapes import Checker, claims
+from shapes import Checker, claims, words_of
 from test_layout import SEVEN
-from whisper_encoder import mel_filters
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,13 +41,14 @@ def walk_through(tmp_path):
 def test_every_shape_comment_is_executed_and_true(tmp_path):
     paths = [ROOT / f"{name}.py" for name in SEVEN]
     w, m = toys.WHISPER, toys.LLAMA
-    known = {"M": w["num_mel_bins"], "Da": w["d_model"], "D": m["hidden_size"], "Dh": m["head_dim"],
+    fixed = {"M": w["num_mel_bins"], "Da": w["d_model"], "D": m["hidden_size"], "Dh": m["head_dim"],
              "Hk": m["num_key_value_heads"], "V": m["vocab_size"]}  # fmt: skip
     # The encoder has heads of its own, so its H and Dh are checked with its own numbers.
-    encoder = known | {"Dh": w["d_model"] // w["encoder_attention_heads"]}
-    for watched, sizes in ((paths[:1], encoder), (paths[1:], known)):
-        whisper_encoder.sinc_table.cache_clear()
-        mel_filters.cache_clear()
+    encoder = fixed | {"Dh": w["d_model"] // w["encoder_attention_heads"]}
+    for watched, sizes in ((paths[:1], encoder), (paths[1:], fixed)):
+        for function in vars(whisper_encoder).values():
+            if hasattr(function, "cache_clear"):  # else its lines would not be executed again
+                function.cache_clear()
         checker = Checker(watched, sizes)
         folder = tmp_path / watched[0].stem
         folder.mkdir()
@@ -54,6 +57,16 @@ def test_every_shape_comment_is_executed_and_true(tmp_path):
         written = {(path.name, line) for path in watched for line in claims(path)}
         assert written, watched
         assert written == checker.seen, f"never executed: {sorted(written - checker.seen)}"
+
+
+@pytest.mark.parametrize("name", SEVEN)
+def test_a_file_explains_its_letters_at_the_top(name):
+    path = ROOT / f"{name}.py"
+    sizes = [size for _, _, sizes in claims(path).values() for size in sizes]
+    letters = {word for size in sizes for word in words_of(size) if word[0].isupper()}
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    explained = set(re.findall(r"\b([A-Z][a-z]?) [A-Za-z]", docstring))
+    assert letters <= explained
 
 
 def test_a_wrong_shape_comment_is_found(tmp_path):
