@@ -257,7 +257,7 @@ def read_corpus(
         if reason:
             unusable.append((split, reason))
         if not reason or split == "test":  # without it the score could not be compared with others
-            texts = cells["sentence"], cells["translation"]
+            texts = "" if is_blank(cells["sentence"]) else cells["sentence"], cells["translation"]
             splits[split].append(Row(path, *texts, source, target, seconds))
     return splits, unusable
 
@@ -410,7 +410,7 @@ def examples_for(rows: list[Row], asr: float, seed: int, epoch: int) -> list[Exa
     rng = random.Random(f"examples {seed} {epoch}")
     spoken = {}
     for row in rows:
-        if not is_blank(row.sentence):
+        if row.sentence.strip():
             spoken.setdefault(row.path, row)
     heard = rng.sample(list(spoken.values()), round(asr * len(spoken)))
     examples = [Example(row, "st") for row in rows] + [Example(row, "asr") for row in heard]
