@@ -206,6 +206,13 @@ def test_every_command_of_a_readme_is_valid(text):
             pytest.fail(f"not a valid command: python {shlex.join([file, *words])}")
 
 
+@pytest.mark.parametrize("module", ORDER)
+def test_every_program_that_the_code_names_exists(module):
+    text = path_of(module).read_text(encoding="utf-8")
+    for file in set(re.findall(r"python ((?:\w+/)?\w+\.py)\b", text)):
+        assert '__name__ == "__main__"' in (ROOT / file).read_text(encoding="utf-8"), file
+
+
 def option_names(parser) -> set[str]:
     names = set()
     for action in parser._actions:
