@@ -31,7 +31,7 @@ from llast import (
     pick_device,
 )
 from lora import merge_lora
-from translate import describe, metrics, read_splits, score_rows, translate
+from translate import SearchOptions, describe, metrics, read_splits, score_rows, translate
 from whisper_encoder import WINDOWS
 
 HERE = Path(__file__).parent
@@ -249,15 +249,17 @@ def dev_loss(model: LLaST, batches: Batches) -> float:
 def dev_scores(model: LLaST, dev: Batches) -> dict[str, float]:
     """The loss, and BLEU of each direction with one beam."""
     scores = {"dev_loss": round(dev_loss(model, dev), 4)}
+    greedy = SearchOptions(beams=1)
     for direction, rows in by_direction(dev.rows).items():
-        scores[f"dev_bleu {direction}"] = score_rows(model, rows, beams=1)["bleu"]
+        scores[f"dev_bleu {direction}"] = score_rows(model, rows, search=greedy)["bleu"]
     return scores
 
 
 def show_samples(model: LLaST, rows: list[Row]):
     """Three dev clips: what should have come out and what did."""
     for row in random.Random(0).sample(rows, min(3, len(rows))):
-        [result] = translate(model, [row.path], "st", row.source, row.target, beams=1)
+        languages = row.source, row.target
+        [result] = translate(model, [row.path], "st", *languages, SearchOptions(beams=1))
         tqdm.write(f"    said      {row.sentence}")
         tqdm.write(f"    expected  {row.translation}")
         tqdm.write(f"    got       {result.text}")
@@ -409,8 +411,9 @@ def finish(model: LLaST, rows: list[Row], settings: Preset, out: Path, began: fl
     """Test scores of every direction, written and printed, and how to use the model."""
     results = {}
     merge_lora(model)  # it is saved, and from here on only translates
+    search = SearchOptions(settings.beams)
     for direction, here in by_direction(rows).items():
-        scores = score_rows(model, here, out / f"test.{direction}.tsv", beams=settings.beams)
+        scores = score_rows(model, here, out / f"test.{direction}.tsv", search)
         results[direction] = scores
         print(f"test {describe(direction, scores)}")
     results["seconds"] = seconds = round(time.time() - began, 1)

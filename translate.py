@@ -1,18 +1,20 @@
-"""Speech to text with a trained LLaST: beam search, scores, and the command line.
+"""From audio files to text with a trained LLaST: beam search, translation, BLEU, the command line.
 
     python translate.py --model runs/fr clip.wav other.mp3
 
-Beam search follows transformers' rules, so that both give the same hypotheses. One beam is greedy
-search, and a beam as wide as all sentences is exhaustive search: tests/test_translate.py. Scores
-are sacreBLEU's.
+The rules of beam search are those of transformers, so both give the same hypotheses. Scores are
+those of sacreBLEU. tests/test_translate.py compares beam search with an exhaustive search.
+
+Sizes: B clips, W beams, P positions of a prompt, V vocabulary, D LLM width, N samples (16 kHz),
+T text tokens, S audio positions.
 """
 
 import argparse
 import json
 import os
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -27,138 +29,147 @@ from data import SPLITS, Row, end_id, parse_directions, prompt_for, prompt_ids, 
 from llama import Cache, Llama
 from llast import LLaST, phase, pick_device
 from lora import merge_lora
-from whisper_encoder import (
-    MAX_SECONDS,
-    SAMPLE_RATE,
-    AudioError,
-    audio_seconds,
-    load_audio,
-)
+from whisper_encoder import MAX_SECONDS, SAMPLE_RATE, AudioError, audio_seconds, load_audio
 
 HERE = Path(__file__).parent
 AUDIO_FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
-UNSPACED = ("zh-CN", "ja")  # written without spaces between words
+UNSPACED = ("zh-CN", "ja")  # languages that are written without spaces between words
 
 
 # -------------------------------------------------------------------------------------- beam search
 
 
+@dataclass(frozen=True)
+class SearchOptions:
+    """The options of beam search."""
+
+    beams: int = 5  # W; one beam is greedy search
+    length_penalty: float = 1.0  # above 1 favours longer answers
+    max_new_tokens: int = 256  # longest answer, its end token included
+
+
 @dataclass
 class Hypothesis:
-    """An answer: its tokens without the end, and what ranks it: log-probability by length."""
+    """A finished answer: token ids without the end token, and the score that ranks it."""
 
     ids: list[int]
-    score: float
-    length: int  # the end counted, if it has one
+    score: float  # log-probability / length ** length_penalty
+    length: int  # tokens, the end token included
+    text: str = ""  # the decoded ids
 
 
 class Finished:
-    """The best W finished answers of one clip."""
+    """The best W finished hypotheses of one clip."""
 
-    def __init__(self, W: int, length_penalty: float):
-        self.W, self.length_penalty = W, length_penalty
+    def __init__(self, options: SearchOptions):
+        self.options = options
         self.best: list[Hypothesis] = []
         self.done = False
 
     def score(self, log_prob: float, length: int) -> float:
-        """Normalised over the answer alone, its end token counted; the prompt has no part in it."""
-        return log_prob / length**self.length_penalty
+        """Divide by the length, because each further token makes the log-probability smaller."""
+        return log_prob / length**self.options.length_penalty
 
     def add(self, ids: list[int], log_prob: float, length: int):
-        """Take an answer in, unless no beam stands behind it or the clip is done."""
+        """Keep a hypothesis if it is among the best W and the clip is not done."""
         if log_prob > -torch.inf and not self.done:
             self.best.append(Hypothesis(ids, self.score(log_prob, length), length))
             self.best.sort(key=lambda hypothesis: -hypothesis.score)
-            del self.best[self.W :]
+            del self.best[self.options.beams :]
 
-    def check(self, best_running: float, length: int):
-        """Done when all places are taken and no running beam, were it to end now, would get one."""
-        if len(self.best) == self.W:
+    def check_done(self, best_running: float, length: int):
+        """The clip is done if no running beam, ending now, would be among the best W."""
+        if len(self.best) == self.options.beams:
             self.done |= self.score(best_running, length) <= self.best[-1].score
 
 
 def read_prompts(llm: Llama, prompts: list[Tensor]) -> tuple[Tensor, Cache, Tensor]:
-    """Read each prompt (P, D) once, for all of its beams.
+    """Run the LLM once over each prompt (P, D).
 
-    Returns the last state of each clip (B, D), the cache, and which of its keys are real rather
-    than padding (B, P).
+    Returns the last state of each prompt (B, D), the KV cache, and the padding mask (B, P).
     """
     B, device = len(prompts), prompts[0].device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     x = pad_sequence(prompts, batch_first=True)  # (B, P, D)
     is_real = torch.arange(x.shape[1], device=device) < lengths[:, None]  # (B, P)
+    # The first token follows the last position of a prompt. Position lengths - 1 is before padding.
     last, cache = llm.hidden(x, asked=(torch.arange(B, device=device), lengths - 1))  # (B, D)
     return last, cache, is_real
 
 
 @torch.inference_mode()
 def beam_search(
-    llm: Llama,
-    prompts: list[Tensor],
-    eos_ids: list[int],
-    beams: int = 5,
-    length_penalty: float = 1.0,
-    max_new_tokens: int = 256,
+    llm: Llama, prompts: list[Tensor], ends: list[int], options: SearchOptions = SearchOptions()
 ) -> list[list[Hypothesis]]:
-    """The most probable answers to each of B prompts of embeddings (P, D): up to W, best first.
+    """Return the best W answers to each of B prompts of embeddings (P, D), the best one first.
 
-    A step extends every running beam by every token and keeps the best W that go on; an end token
-    counts only if it is among the best W itself. At the limit the running beams are ranked too.
+    The W beams of a clip are W tokens in one row of the LLM. The KV cache holds the prompt once,
+    then W keys for each step, and is never reordered. Instead the rows of `can_attend` are
+    reordered. They say which keys are a beam's own past. Here are 2 beams after 3 steps:
 
-    The beams of a clip are W tokens in one row of the LLM. Its cache holds the prompt once, then W
-    keys a step, never reordered: `can_attend` says which of them are a beam's own past.
+        keys:              prompt    step 1    step 2    step 3
+                           . . .     the  a    cat dog   ran slept
+        beam "the dog ran"  1 1 1     1   0     0   1     1   0
+        beam "the cat slept" 1 1 1    1   0     1   0     0   1
     """
-    W, device = beams, prompts[0].device
-    finished = [Finished(W, length_penalty) for _ in prompts]
-    clips = list(range(len(prompts)))  # which clip a row is; B rows, fewer as clips are done
+    # Step 1. Read each prompt once, for all of its beams.
+    W, device = options.beams, prompts[0].device
     last, cache, is_real = read_prompts(llm, prompts)
     lengths = is_real.sum(dim=1)  # (B,)
     can_attend = is_real[:, None].repeat(1, W, 1)  # (B, W, P)
     last = last[:, None].repeat(1, W, 1)  # (B, W, D)
-    # At first all beams of a clip are one and the same, so only the first may be continued.
-    running = torch.tensor([0.0] + [-torch.inf] * (W - 1), device=device).repeat(len(clips), 1)
-    answers = torch.empty(len(clips), W, 0, dtype=torch.long, device=device)  # (B, W, 0)
-    ends = torch.tensor(eos_ids, device=device)
+    answers = torch.empty(len(prompts), W, 0, dtype=torch.long, device=device)  # (B, W, 0)
+    # All beams of a clip are equal at first, so only the first one may be extended.
+    running = torch.tensor([0.0] + [-torch.inf] * (W - 1), device=device).repeat(len(prompts), 1)
+    finished = [Finished(options) for _ in prompts]
+    clips = list(range(len(prompts)))  # the clip of each row; rows of finished clips are removed
+    end_tokens = torch.tensor(ends, device=device)
 
-    for length in range(1, max_new_tokens + 1):
+    for length in range(1, options.max_new_tokens + 1):
+        # Step 2. Extend every beam by every token, and take the best extensions.
         log_probs = llm.logits(last).float().log_softmax(-1)  # (B, W, V)
         best, beam, token = extend(running, log_probs, len(ends))
-        is_end = torch.isin(token, ends)
+
+        # Step 3. An extension that ends is a hypothesis if it is one of the best W.
+        is_end = torch.isin(token, end_tokens)
         for b, i in is_end[:, :W].nonzero().tolist():
             finished[clips[b]].add(answers[b, beam[b, i]].tolist(), best[b, i].item(), length)
 
-        go_on = is_end.to(torch.int8).argsort(dim=1, stable=True)[:, :W]  # still best first
-        running = best.masked_fill(is_end, -torch.inf).gather(1, go_on)  # (B, W)
-        token, beam = token.gather(1, go_on), beam.gather(1, go_on)
+        # Step 4. The best W extensions that do not end are the new beams, still best first.
+        going_on = is_end.to(torch.int8).argsort(dim=1, stable=True)[:, :W]
+        running = best.masked_fill(is_end, -torch.inf).gather(1, going_on)  # (B, W)
+        token, beam = token.gather(1, going_on), beam.gather(1, going_on)
+        answers = torch.cat([select_beams(answers, beam), token[..., None]], 2)  # (B, W, length)
+        can_attend = select_beams(can_attend, beam)
         for clip, best_running in zip(clips, running[:, 0].tolist(), strict=True):
-            finished[clip].check(best_running, length)
-        answers = torch.cat([of_beams(answers, beam), token[..., None]], dim=2)  # (B, W, length)
-        can_attend = of_beams(can_attend, beam)
-        if length == max_new_tokens or all(clip.done for clip in finished):
+            finished[clip].check_done(best_running, length)
+        if length == options.max_new_tokens or all(clip.done for clip in finished):
             break
 
-        going = [b for b, clip in enumerate(clips) if not finished[clip].done]
-        if 2 * len(going) <= len(clips):  # at half, for to leave is to copy what stays
-            cache.keep(going)
-            clips = [clips[b] for b in going]
-            running, answers, token = running[going], answers[going], token[going]
-            can_attend, lengths = can_attend[going], lengths[going]
+        # Step 5. Run the LLM over the new tokens.
+        rows = [b for b, clip in enumerate(clips) if not finished[clip].done]
+        # Removing rows copies the cache, so do it only when at least half of the clips are done.
+        if 2 * len(rows) <= len(clips):
+            cache.keep(rows)
+            clips = [clips[b] for b in rows]
+            running, answers, token = running[rows], answers[rows], token[rows]
+            can_attend, lengths = can_attend[rows], lengths[rows]
         itself = torch.eye(W, dtype=torch.bool, device=device).repeat(len(clips), 1, 1)
-        can_attend = torch.cat([can_attend, itself], dim=2)  # W keys more than the cache has
+        can_attend = torch.cat([can_attend, itself], dim=2)  # the W keys of this step
         positions = (lengths + length - 1)[:, None].repeat(1, W)  # (B, W)
         last, cache = llm.hidden(llm.embed(token), cache, positions, can_attend)  # (B, W, D)
 
-    for b, clip in enumerate(clips):  # at the limit the running beams are answers too
+    for b, clip in enumerate(clips):  # beams that still run at the limit are hypotheses, too
         for ids, log_prob in zip(answers[b].tolist(), running[b].tolist(), strict=True):
             finished[clip].add(ids, log_prob, len(ids))
     return [clip.best for clip in finished]
 
 
 def extend(running: Tensor, log_probs: Tensor, n_ends: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Every beam followed by every token: the sums of the best, which beam, which token.
+    """Extend every beam by every token. Return the best sums, their beams and their tokens.
 
-    running (B, W), log_probs (B, W, V) -> three of (B, (n_ends+1)*W), best first: so many that W of
-    them go on even if every beam could end in each of the ends.
+    running (B, W), log_probs (B, W, V) -> three times (B, (n_ends+1)*W), best first. If every beam
+    ends in each of the end tokens, W other extensions are still left.
     """
     B, W, V = log_probs.shape
     totals = (running[..., None] + log_probs).flatten(1)  # (B, W*V)
@@ -166,25 +177,41 @@ def extend(running: Tensor, log_probs: Tensor, n_ends: int) -> tuple[Tensor, Ten
     return best, index // V, index % V
 
 
-def of_beams(x: Tensor, beam: Tensor) -> Tensor:
-    """What belongs to the beams that go on. x (B, W, n), beam (B, W) -> (B, W, n)"""
-    return x.gather(1, beam[..., None].expand(-1, -1, x.shape[2]))
+def select_beams(x: Tensor, beam: Tensor) -> Tensor:
+    """Give each new beam the row of the beam that it extends. x (B, W, n), beam (B, W)"""
+    return x.gather(1, beam[..., None].expand(-1, -1, x.shape[2]))  # (B, W, n)
 
 
-# ---------------------------------------------------------------------------------------- translate
+# -------------------------------------------------------------------------- from clips to sentences
+
+SORTED_BATCHES = 32  # clips of so many batches are sorted by length together
 
 
 @dataclass
 class Translation:
-    """What came of one clip: a text with its score, or the reason why there is none."""
+    """The result for one clip: a text with its score, or an error."""
 
     path: str
     text: str = ""
-    score: float | None = None  # log-probability over length ** length_penalty
-    tokens: int = 0  # written for it, ends counted
-    n_best: list[dict] = field(default_factory=list)  # text and score of each answer, best first
+    score: float | None = None  # log-probability / length ** length_penalty, mean of all pieces
+    tokens: int = 0  # of the text, end tokens included
+    n_best: list[dict] = field(default_factory=list)  # text and score of hypotheses, best first
     error: str | None = None
     pieces: list[dict] = field(default_factory=list)  # of a long clip: start and end in s, text
+
+
+@dataclass
+class Piece:
+    """A part of a clip that the encoder gets at once. A clip up to 30 s is one piece."""
+
+    clip: int  # index of the clip
+    name: str  # of the clip
+    start: int = 0  # first sample
+    end: int = 0  # last sample + 1
+    audio: Tensor | None = None  # (N,); None if the clip cannot be used
+    is_last: bool = True  # no other piece of the clip follows
+    error: str | None = None
+    hypotheses: list[Hypothesis] = field(default_factory=list)
 
 
 def split_at_quiet(audio: Tensor, most: int) -> list[tuple[int, int]]:
@@ -206,129 +233,175 @@ def split_at_quiet(audio: Tensor, most: int) -> list[tuple[int, int]]:
     return [*pieces, (start, len(audio))]
 
 
-def waveforms(paths: list, results: list[Translation], progress: bool) -> Iterator[tuple]:
-    """What the encoder hears, (clip, first sample, last + 1, waveform), shortest clip first.
+def seconds_of(clip) -> float:
+    """Return the length of a waveform or of a file; 0 if the file cannot be read."""
+    try:
+        return clip.numel() / SAMPLE_RATE if isinstance(clip, Tensor) else audio_seconds(clip)
+    except AudioError:  # load_clip reports it
+        return 0.0
 
-    A clip over 30 s comes in pieces, cut where it is quietest. A file is decoded when its turn
-    comes, so memory holds one batch and one file; why a file is no use goes into `results`.
+
+def load_clip(clip, name: str, change: Callable | None) -> Tensor:
+    """Read a file, or take a waveform, and apply `change`. -> (N,)"""
+    audio = clip if isinstance(clip, Tensor) else load_audio(clip)
+    audio = change(audio) if change else audio
+    if audio.dim() != 1 or not len(audio):
+        shape = tuple(audio.shape)
+        raise AudioError(name, f"expected a waveform (N,) at 16 kHz, found the shape {shape}")
+    if not audio.isfinite().all():
+        raise AudioError(name, "the waveform has NaN or infinite samples")
+    return audio
+
+
+def read_pieces(clips: list, batch_size: int, progress: bool, change) -> Iterator[Piece]:
+    """Yield the pieces of every clip. Clips of similar length come together: less padding.
+
+    A file is decoded when it is needed, so memory holds one batch and one file.
     """
-    seconds = {}
-    for i, path in enumerate(paths):
+    indices, window = range(len(clips)), SORTED_BATCHES * batch_size
+    order = (
+        i
+        for first in indices[::window]
+        for i in sorted(indices[first : first + window], key=lambda i: seconds_of(clips[i]))
+    )
+    disable = None if progress else True  # None: only on a terminal
+    for i in tqdm(order, "translating", len(clips), unit="clip", disable=disable):
+        name = f"clip {i}" if isinstance(clips[i], Tensor) else str(clips[i])
         try:
-            seconds[i] = audio_seconds(path)
+            audio = load_clip(clips[i], name, change)
         except AudioError as error:
-            results[i].error = str(error)
-    order = sorted(seconds, key=seconds.get)  # similar lengths waste little padding
-    for i in tqdm(order, "translating", unit="clip", disable=None if progress else True):
-        try:
-            audio = load_audio(paths[i])
-        except AudioError as error:
-            results[i].error = str(error)
+            yield Piece(i, name, error=str(error))
             continue
         for start, end in split_at_quiet(audio, MAX_SECONDS * SAMPLE_RATE):
-            yield i, start, end, audio[start:end]
-
-
-@dataclass
-class Answer:
-    """One answer of the model, decoded."""
-
-    text: str
-    score: float
-    tokens: int  # its end counted
-
-
-def fill(result: Translation, pieces: list[tuple[int, int, list[Answer]]], n_best: int, space: str):
-    """Write what was found into the result of a clip. pieces: first sample, last + 1, answers
-
-    Of several pieces the best texts are joined, and the plain mean of their scores is the score.
-    """
-    best = [answers[0] for *_, answers in pieces]
-    result.text = space.join(answer.text for answer in best if answer.text)
-    result.score = round(sum(answer.score for answer in best) / len(best), 4)
-    result.tokens = sum(answer.tokens for answer in best)
-    if len(pieces) == 1:
-        result.n_best = [{"text": a.text, "score": a.score} for a in pieces[0][-1][:n_best]]
-        return
-    result.n_best = [{"text": result.text, "score": result.score}]
-    for start, end, answers in pieces:
-        times = {"start": start / SAMPLE_RATE, "end": end / SAMPLE_RATE}
-        result.pieces.append(times | {"text": answers[0].text})
+            yield Piece(i, name, start, end, audio[start:end], is_last=end == len(audio))
 
 
 def ids_of_prompt(model: LLaST, task: str, source: str, target: str) -> Tensor:
-    """(T,), AUDIO_ID where that goes which was heard."""
+    """Token ids of the prompt, with AUDIO_ID at the place of the speech. -> (T,)"""
     prompt = prompt_for(task, source, target, model.config.template)
     return torch.tensor(prompt_ids(prompt, model.tokenizer)).to(model.device)
 
 
+def end_ids(model: LLaST) -> list[int]:
+    """Every token that ends an answer: those of the LLM, and that of the template."""
+    return sorted({*model.tokenizer.eos_ids, end_id(model.config.template, model.tokenizer)})
+
+
 @torch.inference_mode()
-def answers_to(model: LLaST, ids: Tensor, heard: list, embed, search: tuple) -> list[list[Answer]]:
-    """The answers to each of `heard`, best first.
+def answer(
+    model: LLaST, ids: Tensor, inputs: list, embed: Callable, search: SearchOptions
+) -> list[list[Hypothesis]]:
+    """Return the hypotheses for each input, the best one first.
 
-    `embed` turns what was heard into what stands for it in the prompt, (S, D) each; `search` holds
-    what beam_search takes after the ends. A batch that does not fit into memory is done in halves,
-    with the same result.
+    `embed` turns the inputs into embeddings (S, D) for the place of the speech. A batch that does
+    not fit into memory is divided into halves, with the same result.
     """
-    ends = {*model.tokenizer.eos_ids, end_id(model.config.template, model.tokenizer)}
     try:
-        prompts = [model.splice(ids, x) for x in embed(heard)]
-        found = beam_search(model.llm, prompts, sorted(ends), *search)
-        if not all(found):
-            raise ValueError("the model answers with NaN: are its weights whole?")
-        return [
-            [Answer(model.tokenizer.decode(h.ids), round(h.score, 4), h.length) for h in best]
-            for best in found
-        ]
+        prompts = [model.splice(ids, speech) for speech in embed(inputs)]
+        return decode(model, beam_search(model.llm, prompts, end_ids(model), search))
     except torch.OutOfMemoryError:
-        if len(heard) == 1:
+        if len(inputs) == 1:
             raise
-    half = len(heard) // 2  # out here the error no longer holds what was allocated
-    first = answers_to(model, ids, heard[:half], embed, search)
-    return first + answers_to(model, ids, heard[half:], embed, search)
+    # The error holds the tensors of the batch, so the halves are translated after its block.
+    half = len(inputs) // 2
+    first = answer(model, ids, inputs[:half], embed, search)
+    return first + answer(model, ids, inputs[half:], embed, search)
 
 
-def in_batches(model: LLaST, ids: Tensor, items, embed, batch_size: int, search: tuple) -> Iterator:
-    """Each item with the answers to its last part, which is what was heard."""
-    items = iter(items)
-    while batch := list(islice(items, batch_size)):
-        found = answers_to(model, ids, [heard for *_, heard in batch], embed, search)
-        yield from zip(batch, found, strict=True)
+def decode(model: LLaST, answers: list[list[Hypothesis]]) -> list[list[Hypothesis]]:
+    """Add the texts, and round the scores."""
+    if not all(answers):
+        raise ValueError("the model computes NaN: its weights are damaged; train or copy it again")
+    for hypothesis in (hypothesis for best in answers for hypothesis in best):
+        hypothesis.text = model.tokenizer.decode(hypothesis.ids)
+        hypothesis.score = round(hypothesis.score, 4)
+    return answers
 
 
-def translate(
+def answer_clips(
+    model: LLaST, ids: Tensor, pieces: Iterator[Piece], batch_size: int, search: SearchOptions
+) -> Iterator[list[Piece]]:
+    """Yield the pieces of a clip, with their hypotheses, when the last one is answered."""
+    clip = []
+    while batch := list(islice(pieces, batch_size)):
+        usable = [piece for piece in batch if not piece.error]
+        audio = [piece.audio for piece in usable]
+        answers = answer(model, ids, audio, model.encode_speech, search) if usable else []
+        for piece, hypotheses in zip(usable, answers, strict=True):
+            piece.hypotheses = hypotheses
+        for piece in batch:
+            clip.append(piece)
+            if piece.is_last:
+                yield clip
+                clip = []
+
+
+def join_pieces(pieces: list[Piece], n_best: int, space: str) -> Translation:
+    """Join the best texts of the pieces of a clip. The score is the plain mean of their scores."""
+    name = pieces[0].name
+    if pieces[0].error:
+        return Translation(name, error=pieces[0].error)
+    best = [piece.hypotheses[0] for piece in pieces]
+    text = space.join(hypothesis.text for hypothesis in best if hypothesis.text)
+    score = round(sum(hypothesis.score for hypothesis in best) / len(best), 4)
+    result = Translation(name, text, score, sum(hypothesis.length for hypothesis in best))
+    if len(pieces) == 1:
+        result.n_best = [{"text": h.text, "score": h.score} for h in pieces[0].hypotheses[:n_best]]
+        return result
+    result.n_best = [{"text": text, "score": score}]
+    for piece, hypothesis in zip(pieces, best, strict=True):
+        times = {"start": piece.start / SAMPLE_RATE, "end": piece.end / SAMPLE_RATE}
+        result.pieces.append(times | {"text": hypothesis.text})
+    return result
+
+
+def in_order(results: Iterator[tuple[int, Translation]]) -> Iterator[Translation]:
+    """Yield numbered results in the order of their numbers, each as soon as possible."""
+    waiting, position = {}, 0
+    try:
+        for i, result in results:
+            waiting[i] = result
+            while position in waiting:
+                yield waiting.pop(position)
+                position += 1
+    except KeyboardInterrupt:  # Ctrl-C must not lose what is finished
+        yield from (waiting[i] for i in sorted(waiting))
+        raise
+
+
+def translate_in_order(
     model: LLaST,
-    paths: list,
+    clips: list,
     task: str = "st",
     source: str = "fr",
     target: str = "en",
-    beams: int = 5,
-    length_penalty: float = 1.0,
-    max_new_tokens: int = 256,
+    search: SearchOptions = SearchOptions(),
     n_best: int = 1,
     batch_size: int = 16,
     progress: bool = False,
-) -> list[Translation]:
-    """Translate (task "st") or transcribe ("asr") audio files of any length, in the order given.
+    change: Callable[[Tensor], Tensor] | None = None,
+) -> Iterator[Translation]:
+    """Translate (task "st") or transcribe ("asr") clips, and yield the results in their order.
 
-    A clip that cannot be used gets an `error` and an empty text;
-    the others are not touched by it. Of a clip over 30 s only the best answer is kept, joined from
-    those of its pieces.
+    A clip is a path or a waveform (N,) at 16 kHz, of any length. `change` alters the audio before
+    it is encoded. A clip that cannot be used gets an error; the others are translated. For a clip
+    over 30 s there is only one hypothesis: the best ones of its pieces, joined.
     """
-    search = beams, length_penalty, max_new_tokens
     ids = ids_of_prompt(model, task, source, target)
-    results = [Translation(str(path)) for path in paths]
-    pieces = defaultdict(list)  # of each clip, in order: first sample, last + 1, answers
+    space = "" if (source if task == "asr" else target) in UNSPACED else " "
+    pieces = read_pieces(clips, batch_size, progress, change)
     was_training = model.training
     model.eval()
-    heard, embed = waveforms(paths, results, progress), model.encode_speech
-    for (i, start, end, _), answers in in_batches(model, ids, heard, embed, batch_size, search):
-        pieces[i].append((start, end, answers))
-    model.train(was_training)
-    written = source if task == "asr" else target
-    for i, parts in pieces.items():
-        fill(results[i], parts, n_best, space="" if written in UNSPACED else " ")
-    return results
+    try:
+        answered = answer_clips(model, ids, pieces, batch_size, search)
+        yield from in_order((clip[0].clip, join_pieces(clip, n_best, space)) for clip in answered)
+    finally:
+        model.train(was_training)
+
+
+def translate(*args, **options) -> list[Translation]:
+    """Return the results of translate_in_order, which takes the same arguments, as a list."""
+    return list(translate_in_order(*args, **options))
 
 
 # ------------------------------------------------------------------------------------------- scores
@@ -380,11 +453,18 @@ def read_splits(corpus: Path, source: str, target: str, asked=SPLITS) -> dict[st
     return splits
 
 
-def score_rows(model: LLaST, rows: list[Row], tsv: Path | None = None, **how) -> dict:
-    """Translate rows of one direction and score what came of them."""
+def score_rows(
+    model: LLaST,
+    rows: list[Row],
+    tsv: Path | None = None,
+    search: SearchOptions = SearchOptions(),
+    **options,
+) -> dict:
+    """Translate rows of one direction and score the translations."""
     source, target = rows[0].source, rows[0].target
     metrics(target)  # should a package be missing, say so before the work
-    results = translate(model, [row.path for row in rows], "st", source, target, **how)
+    paths = [row.path for row in rows]
+    results = translate(model, paths, "st", source, target, search, **options)
     references = [row.translation for row in rows]
     failed = write_results(rows, references, results, tsv)
     return score([r.text for r in results], references, target) | {"failed": failed}
@@ -475,86 +555,119 @@ def choose_direction(model: LLaST, lang: str | None, where: Path, task: str) -> 
     return fits[0]
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Translate or transcribe with a trained LLaST.")
+def add_options(parser: argparse.ArgumentParser):
+    """Add the options that translate.py and tools/evaluate.py have in common."""
     add = parser.add_argument
-    add("audio", nargs="+", help="audio files, folders of them, or .txt files with a path a line")
-    add("--model", type=Path, help="folder that train.py wrote; without it the newest in runs/")
-    add("--lang", help="language spoken, or direction as en-de, if the model knows several")
-    add("--task", choices=("st", "asr"), default="st",
-        help="st translates [st], asr transcribes")  # fmt: skip
+    add("--model", type=Path, help="folder that train.py wrote [the newest one in runs/]")
     add("--beams", type=int, default=5, help="beams [5]; 1 is greedy search")
     add("--length-penalty", type=float, default=1.0, help="above 1 favours longer answers [1]")
     add("--max-new-tokens", type=int, default=256, help="longest answer, in tokens [256]")
-    add("--n-best", type=int, default=1,
-        help="answers to print of an audio file, scored [1]; a clip over 30 s has one")  # fmt: skip
-    add("--batch", type=int, default=16, help="clips translated at once [16]")
-    add("--json", action="store_true", help="one JSON object a clip")
+    add("--batch", type=int, default=16, help="clips in a batch [16]")
+    add("--json", action="store_true", help="print JSON objects, one on a line")
     add("--compile", action="store_true",
         help="compile each layer: slow at first, then faster; on a CPU it needs g++")  # fmt: skip
-    add("--encoder", type=Path, help="where the encoder's folder is now, if it has moved")
-    add("--llm", type=Path, help="where the LLM's folder is now, if it has moved")
-    return parser
+    add("--encoder", type=Path, help="folder of the encoder, if it was moved")
+    add("--llm", type=Path, help="folder of the LLM, if it was moved")
 
 
-def show(result: Translation, args: argparse.Namespace):
-    """One line for a clip; with --n-best a line for each answer."""
-    if args.json:
-        print(json.dumps(asdict(result), ensure_ascii=False))
-    elif result.error:
-        print(result.error, file=sys.stderr)
-    elif args.n_best == 1:
-        print(f"{result.path}\t{one_line(result.text)}")
-    else:
-        for answer in result.n_best:
-            print(f"{result.path}\t{answer['score']:.3f}\t{one_line(answer['text'])}")
-
-
-def check(args: argparse.Namespace):
-    """What a flag alone cannot know to be wrong."""
+def check_options(args: argparse.Namespace):
+    """Check values and combinations of options that argparse cannot check."""
     for name in ("beams", "max_new_tokens", "n_best", "batch"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; 1 is the least")
+        if getattr(args, name, 1) < 1:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {getattr(args, name)}; expected 1 or more"
+            )
     if not abs(args.length_penalty) <= 10:
         raise ValueError(f"--length-penalty is {args.length_penalty}; expected -10 to 10")
     if args.lang and "," in args.lang:
-        raise ValueError(f"--lang is {args.lang}; all audio files are in one direction, name one")
-    if args.n_best > args.beams:
-        raise ValueError(f"--n-best {args.n_best} wants that many beams; --beams is {args.beams}")
+        raise ValueError(f"--lang is {args.lang}; name one direction, it is for all audio files")
+    if getattr(args, "n_best", 1) > args.beams:
+        n = args.n_best
+        raise ValueError(f"--n-best {n} needs at least {n} beams, but --beams is {args.beams}")
 
 
-def run(args: argparse.Namespace) -> int:
-    check(args)
-    paths = audio_paths(args.audio)
+def search_options(args: argparse.Namespace) -> SearchOptions:
+    return SearchOptions(args.beams, args.length_penalty, args.max_new_tokens)
+
+
+def load_model(args: argparse.Namespace) -> tuple[LLaST, Path]:
+    """Load the model for use, with its LoRA merged. Return it with its folder."""
     folder = args.model or newest_run(HERE / "runs")
     if not args.model:
-        print(f"no --model given: using the newest, {folder}", file=sys.stderr)
+        print(f"no --model: the newest one is {folder}", file=sys.stderr)
     device, dtype, _ = pick_device()
     with phase("while loading the model", "a smaller one needs less"):
         model = LLaST.from_pretrained(folder, args.encoder, args.llm, device, dtype)
         merge_lora(model, for_good=True)
-    direction = choose_direction(model, args.lang, folder, args.task)
     if args.compile:
         model.compile_layers()
-    how = {name: getattr(args, name) for name in ("beams", "length_penalty", "max_new_tokens")}
-    how |= {"batch_size": args.batch, "n_best": args.n_best, "progress": len(paths) > args.batch}
+    return model, folder
+
+
+def print_json(value: dict, file=None):
+    """Print an object on a line. Escape what is not ASCII if the output is not UTF-8."""
+    is_utf8 = (file or sys.stdout).encoding.lower().replace("-", "") == "utf8"
+    print(json.dumps(value, ensure_ascii=not is_utf8), file=file, flush=True)
+
+
+def show(result: Translation, as_json: bool, n_best: int = 1):
+    """Print one line for a clip, or one line for each of its n_best hypotheses."""
+    if as_json:
+        print_json(asdict(result))
+    elif result.error:
+        print(result.error, file=sys.stderr)
+    elif n_best == 1:
+        print(f"{result.path}\t{one_line(result.text)}", flush=True)
+    else:
+        for best in result.n_best:
+            print(f"{result.path}\t{best['score']:.3f}\t{one_line(best['text'])}", flush=True)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Translate or transcribe with a trained LLaST.")
+    add = parser.add_argument
+    add("audio", nargs="+", help="audio files, folders, or .txt files with a path on each line")
+    add("--lang", help="language or direction (fr or en-de), if the model has several")
+    add("--task", choices=("st", "asr"), default="st",
+        help="st translates [st], asr transcribes")  # fmt: skip
+    add("--n-best", type=int, default=1,
+        help="hypotheses to print of a clip, with scores [1]; over 30 s there is one")  # fmt: skip
+    add_options(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    check_options(args)
+    paths = audio_paths(args.audio)
+    model, folder = load_model(args)
+    direction = choose_direction(model, args.lang, folder, args.task)
+    options = {"batch_size": args.batch, "n_best": args.n_best, "progress": len(paths) > args.batch}
+    failed = False
     with phase("even with one clip at a time", "fewer --beams or --max-new-tokens need less"):
-        results = translate(model, paths, args.task, *direction, **how)
-    for result in results:
-        show(result, args)
-    return 1 if any(result.error for result in results) else 0
+        clips = translate_in_order(
+            model, paths, args.task, *direction, search_options(args), **options
+        )
+        for result in clips:
+            show(result, args.json, args.n_best)
+            failed |= result.error is not None
+    return 1 if failed else 0
 
 
-def main() -> int:
-    args = build_parser().parse_args()
+def run_command(name: str, run: Callable, args: argparse.Namespace) -> int:
+    """Run a command. Return its exit code: 2 after an error, 130 after Ctrl-C."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # escape what stdout cannot encode
     try:
         return run(args)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"translate.py: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
+
+
+def main() -> int:
+    return run_command("translate.py", run, build_parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ from tools.convert import export  # noqa: E402
 from tools.cost import encoder_flops, llm_flops  # noqa: E402
 from tools.plan import GEOMETRY, example_flops  # noqa: E402
 from train import PRESETS  # noqa: E402
-from translate import beam_search, translate  # noqa: E402
+from translate import SearchOptions, beam_search, translate  # noqa: E402
 from whisper_encoder import (  # noqa: E402
     WhisperConfig,
     WhisperEncoder,
@@ -513,7 +513,7 @@ def translation_cases(bench: Bench, ours: LLaST, peer: Peer):
     @torch.inference_mode()
     def run(model: LLaST, audio: list[Tensor]):
         rows = [model.splice(ids, heard) for heard in model.encode_speech(audio)]
-        found = beam_search(model.llm, rows, [NEVER], 5, 1.0, ANSWER)
+        found = beam_search(model.llm, rows, [NEVER], SearchOptions(5, 1.0, ANSWER))
         return [best.ids for best, *_ in found]
 
     for n in (1, 4, 16) if bench.device.type == "cpu" else (1, 4, 16, 32):
@@ -590,7 +590,8 @@ def test_set(bench: Bench, ours: LLaST, peer: Peer, n: int):
         model = in_window(ours, window)
 
         def mine(model=model):
-            translate(model, [row.path for row in rows], max_new_tokens=ANSWER)
+            search = SearchOptions(max_new_tokens=ANSWER)
+            translate(model, [row.path for row in rows], search=search)
 
         bench.compare(f"{n} test clips from file to text, {label}", mine, theirs, [])
 

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from llast import LLaST, pick_device
 from lora import merge_lora
-from translate import beam_search
+from translate import SearchOptions, beam_search
 
 HERE = Path(__file__).parent
 USUAL = {"seconds": 5, "batch": 4, "beams": 5, "answer": 24}
@@ -62,7 +62,7 @@ def translating(model: LLaST, seconds: float, batch: int, beams: int, answer: in
     @torch.inference_mode()
     def work():
         prompts = [model.splice(ids, heard) for heard in model.encode_speech(audio)]
-        beam_search(model.llm, prompts, [NEVER], beams, 1.0, answer)
+        beam_search(model.llm, prompts, [NEVER], SearchOptions(beams, 1.0, answer))
 
     return work
 

@@ -34,7 +34,7 @@ def walk_through(tmp_path):
         examples = [data.Example(row, "st") for row in rows]
         model(data.collate(examples, model.tokenizer, "llama2")).sum().backward()
         lora.merge_lora(model)
-        translate.translate(model, paths, beams=2, max_new_tokens=3)
+        translate.translate(model, paths, search=translate.SearchOptions(2, max_new_tokens=3))
     model.llm(torch.tensor([[1, 5, 7, 9]]))
 
 

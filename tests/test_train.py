@@ -21,7 +21,7 @@ import toys
 import train
 from data import Batch, Row
 from llast import LLaST
-from translate import translate
+from translate import SearchOptions, translate
 
 ROOT = Path(__file__).parents[1]
 CORPUS = ROOT / "tiny" / "corpus"
@@ -93,7 +93,8 @@ def test_a_run_writes_the_files_that_the_readme_names(monkeypatch, corpus, tmp_p
     command = next(line for line in printed.splitlines() if "python translate.py" in line)
     assert "--lang fr-en " in command  # of two directions
     clip = next((corpus / "de" / "clips").iterdir())
-    [result] = translate(LLaST.from_pretrained(out), [clip], source="de", max_new_tokens=4)
+    short = SearchOptions(max_new_tokens=4)
+    [result] = translate(LLaST.from_pretrained(out), [clip], source="de", search=short)
     assert result.error is None
 
 
@@ -299,7 +300,7 @@ def test_ctrl_c_leaves_a_model_that_works(corpus, tmp_path):
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(timeout=60) == 130
     clip = next((corpus / "fr" / "clips").iterdir())
-    [result] = translate(LLaST.from_pretrained(out), [clip], max_new_tokens=4)
+    [result] = translate(LLaST.from_pretrained(out), [clip], search=SearchOptions(max_new_tokens=4))
     assert result.error is None
 
 
@@ -373,7 +374,8 @@ def test_compiled_layers_give_the_same_loss_and_gradients(in_pairs):
 def test_compiled_layers_find_the_same_answers(in_pairs):
     *pair, rows = in_pairs
     paths = [row.path for row in rows]
-    plain, compiled = (translate(model.eval(), paths, max_new_tokens=9) for model in pair)
+    search = SearchOptions(max_new_tokens=9)
+    plain, compiled = (translate(model.eval(), paths, search=search) for model in pair)
     assert [result.text for result in plain] == [result.text for result in compiled]
     assert [result.score for result in compiled] == pytest.approx(
         [result.score for result in plain], abs=2e-4

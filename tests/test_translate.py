@@ -1,31 +1,35 @@
 """translate.py: beam search against exhaustive search, translating files, the command line."""
 
-import ctypes
 import itertools
 import json
 import os
 import shutil
-import sys
-from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sacrebleu
 import soundfile
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import toys
 import translate
-from data import AUDIO_ID
-from llama import Llama, LlamaConfig, Tokenizer
-from llast import LLaST, LLaSTConfig
-from lora import merge_lora
-from translate import beam_search, split_at_quiet
+from data import Row
+from llama import Llama, LlamaConfig
+from llast import LLaST
+from translate import (
+    Hypothesis,
+    Piece,
+    SearchOptions,
+    beam_search,
+    score,
+    score_rows,
+    split_at_quiet,
+)
 from whisper_encoder import load_audio
 
 # -------------------------------------------------------------------------------------- beam search
@@ -85,7 +89,7 @@ def every_answer(llm: Llama, prompt: Tensor, eos_ids, most: int, length_penalty:
 @pytest.mark.parametrize("eos_ids", [[2], [2, 5], [0, 3, 4]])
 def test_one_beam_is_greedy_search(eos_ids):
     llm, prompts = toy_language(12), made_up_prompts(3, 9, 5, 1, 6, 7, 2, 8)
-    found = [best.ids for (best,) in beam_search(llm, prompts, eos_ids, 1, max_new_tokens=10)]
+    found = [best.ids for (best,) in beam_search(llm, prompts, eos_ids, SearchOptions(1, 1.0, 10))]
     assert found == [greedy(llm, prompt, eos_ids, 10) for prompt in prompts]
     assert len(set(map(len, found))) > 2, "the prompts should tell early ends from late ones"
 
@@ -96,7 +100,9 @@ def test_a_wide_beam_is_exhaustive_search(length_penalty, eos_ids):
     llm = toy_language(5)
     for prompt in made_up_prompts(4, 7):
         expected = every_answer(llm, prompt, eos_ids, 4, length_penalty)
-        found = beam_search(llm, [prompt], eos_ids, len(expected), length_penalty, 4)[0]
+        found = beam_search(
+            llm, [prompt], eos_ids, SearchOptions(len(expected), length_penalty, 4)
+        )[0]
         assert len(found) == len(expected)
         for (wanted, ids), hypothesis in zip(expected[:10], found, strict=False):
             assert hypothesis.ids == ids
@@ -129,7 +135,7 @@ def slow_beam(llm, prompt, eos_ids, W: int, most: int, length_penalty: float):
 @pytest.mark.parametrize("eos_ids", [[2], list(range(9))])
 def test_a_narrow_beam_keeps_and_stops_as_a_slow_search_does(length_penalty, eos_ids):
     llm, prompts = toy_language(12), made_up_prompts(3, 9, 5, 1, 6, 2)
-    together = beam_search(llm, prompts, eos_ids, 4, length_penalty, max_new_tokens=8)
+    together = beam_search(llm, prompts, eos_ids, SearchOptions(4, length_penalty, 8))
     for prompt, found in zip(prompts, together, strict=True):
         expected = slow_beam(llm, prompt, eos_ids, 4, 8, length_penalty)
         assert [h.ids for h in found] == [ids for _, ids in expected]
@@ -140,7 +146,7 @@ def test_a_narrow_beam_keeps_and_stops_as_a_slow_search_does(length_penalty, eos
 @pytest.mark.parametrize("P", [1, 30])
 def test_a_score_counts_the_answer_and_its_end_but_not_the_prompt(P, length_penalty):
     llm, (prompt,) = toy_language(12), made_up_prompts(P)
-    for hypothesis in beam_search(llm, [prompt], [2], 4, length_penalty, 6)[0]:
+    for hypothesis in beam_search(llm, [prompt], [2], SearchOptions(4, length_penalty, 6))[0]:
         ended = hypothesis.ids if len(hypothesis.ids) == 6 else [*hypothesis.ids, 2]
         total = step_log_probs(llm, prompt, torch.tensor([ended])).sum().item()
         assert hypothesis.score == pytest.approx(total / len(ended) ** length_penalty, abs=1e-4)
@@ -150,15 +156,17 @@ def test_a_score_counts_the_answer_and_its_end_but_not_the_prompt(P, length_pena
 @pytest.mark.parametrize("eos_ids", [[2], [2, 5]])
 def test_prompts_of_other_lengths_in_the_batch_change_nothing(beams, eos_ids):
     llm, prompts = toy_language(12), made_up_prompts(3, 20, 5, 1, 11)
-    together = beam_search(llm, prompts, eos_ids, beams, max_new_tokens=12)
+    options = SearchOptions(beams, max_new_tokens=12)
+    together = beam_search(llm, prompts, eos_ids, options)
     for prompt, found in zip(prompts, together, strict=True):
-        alone = beam_search(llm, [prompt], eos_ids, beams, max_new_tokens=12)[0]
+        alone = beam_search(llm, [prompt], eos_ids, options)[0]
         assert [h.ids for h in found] == [h.ids for h in alone]
         assert [h.score for h in found] == pytest.approx([h.score for h in alone], abs=1e-4)
 
 
 def test_hypotheses_are_distinct_and_best_first():
-    for found in beam_search(toy_language(12), made_up_prompts(3, 9), [2], 6, max_new_tokens=8):
+    options = SearchOptions(6, max_new_tokens=8)
+    for found in beam_search(toy_language(12), made_up_prompts(3, 9), [2], options):
         assert len(found) == 6 == len({tuple(hypothesis.ids) for hypothesis in found})
         scores = [hypothesis.score for hypothesis in found]
         assert scores == sorted(scores, reverse=True)
@@ -166,7 +174,8 @@ def test_hypotheses_are_distinct_and_best_first():
 
 @pytest.mark.parametrize("most", [1, 2, 5])
 def test_no_answer_is_longer_than_asked_and_none_holds_an_end(most):
-    found = beam_search(toy_language(12), made_up_prompts(3, 9), [2, 5], 3, max_new_tokens=most)
+    options = SearchOptions(3, max_new_tokens=most)
+    found = beam_search(toy_language(12), made_up_prompts(3, 9), [2, 5], options)
     ids = [hypothesis.ids for clip in found for hypothesis in clip]
     assert max(map(len, ids)) == most
     assert not {2, 5} & set(itertools.chain(*ids))
@@ -175,64 +184,15 @@ def test_no_answer_is_longer_than_asked_and_none_holds_an_end(most):
 # ---------------------------------------------------------------------------------------- translate
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A folder with both bases, and trained/: a model with firm opinions about printable words."""
-    made = tmp_path_factory.mktemp("made")
-    toys.whisper_folder(made / "whisper")
-    tokenizer = Tokenizer(toys.llama_folder(made / "llama"))
-    weights = load_file(made / "llama" / "model.safetensors")
-    head = weights["lm_head.weight"].normal_(generator=torch.Generator().manual_seed(0))
-    no_word = [i for i in range(len(head)) if len(tokenizer.decode([i])) < 2 and i != 2]
-    head[no_word] = 0  # no line breaks or broken characters, so that lines can be counted
-    save_file(weights, made / "llama" / "model.safetensors")
-    save_model(made, made / "trained")
-    return made
-
-
-def save_model(made: Path, folder: Path, directions=("fr-en",)):
-    config = LLaSTConfig(
-        encoder=str(made / "whisper"), llm=str(made / "llama"), template="llama2", window="clip",
-        encoder_rank=2, encoder_alpha=4.0, llm_rank=2, llm_alpha=4.0, dropout=0.5,
-        directions=directions,
-    )  # fmt: skip
-    model = LLaST.fresh(config)
-    chance = torch.Generator().manual_seed(1)
-    for tensor in model.trained().values():
-        tensor.normal_(std=0.3, generator=chance)
-    model.save_pretrained(folder)
-
-
-@pytest.fixture
-def model(made):
-    return LLaST.from_pretrained(made / "trained")
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    """Good clips of mixed lengths and rates, and four that cannot be used."""
-    folder = tmp_path_factory.mktemp("clips")
-    for i, (seconds, rate) in enumerate([(0.5, 16000), (0.1, 8000), (0.9, 44100), (0.3, 16000)]):
-        t = np.arange(round(seconds * rate)) / rate
-        hum = 0.4 * np.sin(2 * np.pi * (150 + 400 * i) * t * (1 + t))
-        soundfile.write(folder / f"good{i}.wav", hum, rate)
-    (folder / "empty.wav").touch()
-    (folder / "noise.wav").write_bytes(b"no audio at all")
-    soundfile.write(folder / "nan.wav", np.full(99, np.nan), 16000, subtype="FLOAT")
-    return folder
-
-
-def good(clips: Path) -> list[Path]:
-    return sorted(clips.glob("good*.wav"), reverse=True)  # not in the order of their lengths
-
-
 BAD = {
     "empty.wav": "the file is empty",
     "missing.wav": "no such file",
     "nan.wav": "not numbers",
     "noise.wav": "not readable as audio",
 }
-HOW = {"beams": 3, "n_best": 3, "max_new_tokens": 6}
+THREE = SearchOptions(3, max_new_tokens=6)
+SHORT = SearchOptions(1, max_new_tokens=2)
+HOW = {"search": THREE, "n_best": 3}
 
 
 def assert_same(found, expected):
@@ -244,7 +204,7 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("batch_size", [2, 3, 16])
 def test_a_batch_of_clips_is_translated_as_each_alone_and_in_order(model, clips, batch_size):
-    paths = good(clips)
+    paths = toys.good(clips)
     together = translate.translate(model, paths, **HOW, batch_size=batch_size)
     assert [result.path for result in together] == [str(path) for path in paths]
     assert len({result.text for result in together}) == len(paths)
@@ -252,21 +212,21 @@ def test_a_batch_of_clips_is_translated_as_each_alone_and_in_order(model, clips,
 
 
 def test_a_batch_too_large_for_memory_is_halved_with_the_same_result(model, clips, monkeypatch):
-    paths, sizes = good(clips) * 2, []
+    paths, sizes = toys.good(clips) * 2, []
     expected = translate.translate(model, paths, **HOW)
     search = translate.beam_search
 
-    def little_memory(llm, prompts, *how):
+    def little_memory(llm, prompts, *options):
         sizes.append(len(prompts))
         if len(prompts) > 2:
             raise torch.OutOfMemoryError("no room")
-        return search(llm, prompts, *how)
+        return search(llm, prompts, *options)
 
     monkeypatch.setattr(translate, "beam_search", little_memory)
     assert_same(translate.translate(model, paths, **HOW), expected)
     assert sizes[0] == len(paths) and max(size for size in sizes if size <= 2) == 2
 
-    def no_memory(llm, prompts, *how):
+    def no_memory(llm, prompts, *options):
         raise torch.OutOfMemoryError("no room for one")
 
     monkeypatch.setattr(translate, "beam_search", no_memory)
@@ -275,7 +235,7 @@ def test_a_batch_too_large_for_memory_is_halved_with_the_same_result(model, clip
 
 
 def test_clips_that_cannot_be_used_get_an_error_and_leave_the_others_alone(model, clips):
-    paths = good(clips)
+    paths = toys.good(clips)
     bad = [clips / name for name in BAD]
     mixed = [clip for pair in zip(bad, paths, strict=True) for clip in pair]
     results = translate.translate(model, mixed, **HOW)
@@ -291,14 +251,14 @@ def test_only_clips_that_cannot_be_used_are_no_problem(model, clips):
 
 
 def test_the_first_answer_is_the_text_and_n_best_says_how_many_are_kept(model, clips):
-    for result in translate.translate(model, good(clips), beams=3, max_new_tokens=6, n_best=2):
+    for result in translate.translate(model, toys.good(clips), search=THREE, n_best=2):
         assert len(result.n_best) == 2
         assert result.n_best[0] == {"text": result.text, "score": result.score}
 
 
 def test_the_task_and_the_language_are_part_of_the_question(model, clips):
     def scores(**how):
-        return [r.score for r in translate.translate(model, good(clips), **how, max_new_tokens=6)]
+        return [r.score for r in translate.translate(model, toys.good(clips), **how, search=THREE)]
 
     assert scores() == scores(task="st", source="fr", target="en")
     assert scores() != scores(task="asr")
@@ -309,9 +269,9 @@ def test_the_task_and_the_language_are_part_of_the_question(model, clips):
 def test_translating_is_without_dropout_and_leaves_the_training_mode_as_it_was(
     model, clips, training
 ):
-    expected = translate.translate(model, good(clips), **HOW)
+    expected = translate.translate(model, toys.good(clips), **HOW)
     model.train(training)
-    assert_same(translate.translate(model, good(clips), **HOW), expected)
+    assert_same(translate.translate(model, toys.good(clips), **HOW), expected)
     assert model.training == model.llm.training == training
 
 
@@ -341,18 +301,6 @@ def test_pieces_cover_a_clip_without_gap_and_none_is_too_long(n, most, kind):
     assert all(end - start >= most // 2 for start, end in pieces[:-1])
     if n <= most:
         assert len(pieces) == 1
-
-
-@pytest.fixture(scope="module")
-def long_clip(tmp_path_factory):
-    """65 s of hums that change, with two pauses: at 21.5 and at 43 s."""
-    seconds = np.arange(65 * 8000) / 8000
-    hum = 0.4 * np.sin(2 * np.pi * (200 + 6 * seconds) * seconds)
-    for pause in (21.5, 43.0):
-        hum[np.abs(seconds - pause) < 0.25] = 0
-    path = tmp_path_factory.mktemp("long") / "long.wav"
-    soundfile.write(path, hum, 8000)
-    return path
 
 
 def by_hand(model, path: Path, folder: Path, **how) -> list[translate.Translation]:
@@ -387,22 +335,24 @@ def test_a_long_clip_is_translated_in_pieces_that_cover_it(model, long_clip, tmp
 def test_pieces_are_joined_as_the_language_that_is_written(
     model, long_clip, task, source, target, space
 ):
-    [result] = translate.translate(model, [long_clip], task, source, target, beams=1)
+    [result] = translate.translate(model, [long_clip], task, source, target, SearchOptions(1))
     assert result.text == space.join(piece["text"] for piece in result.pieces if piece["text"])
 
 
 def test_pieces_without_a_word_leave_no_gap():
-    result = translate.Translation("long.wav")
     texts = ("one", -1.0), ("", -2.0), ("two", -1.5)
-    pieces = [(i, i + 1, [translate.Answer(*text, tokens=i)]) for i, text in enumerate(texts)]
-    translate.fill(result, pieces, 1, space=" ")
+    pieces = [
+        Piece(0, "long.wav", i, i + 1, hypotheses=[Hypothesis([], score, i, text)])
+        for i, (text, score) in enumerate(texts)
+    ]
+    result = translate.join_pieces(pieces, 1, space=" ")
     assert (result.text, result.score, len(result.pieces)) == ("one two", -1.5, 3)
     assert result.tokens == 0 + 1 + 2
 
 
 @pytest.mark.parametrize("batch_size", [2, 16])
 def test_long_and_short_and_bad_clips_mix_and_stay_in_order(model, clips, long_clip, batch_size):
-    short = good(clips)
+    short = toys.good(clips)
     mixed = [long_clip, short[0], clips / "nan.wav", *short[1:], clips / "empty.wav", long_clip]
     results = translate.translate(model, mixed, **HOW, batch_size=batch_size)
     assert [result.path for result in results] == [str(path) for path in mixed]
@@ -423,7 +373,7 @@ def test_only_one_batch_of_audio_is_in_memory(model, clips, long_clip, monkeypat
         return encode(self, audio)
 
     monkeypatch.setattr(LLaST, "encode_speech", watched)
-    translate.translate(model, [long_clip, *good(clips)], beams=1, max_new_tokens=2, batch_size=2)
+    translate.translate(model, [long_clip, *toys.good(clips)], search=SHORT, batch_size=2)
     assert seen == [2, 4, 5, 5] and loaded[-1] == long_clip, "files decoded before each batch"
 
 
@@ -431,154 +381,94 @@ def test_a_clip_of_just_30_s_is_one_piece(model, tmp_path):
     for name, samples in (("fits", 30 * 1000), ("over", 30 * 1000 + 1)):
         soundfile.write(tmp_path / f"{name}.wav", np.zeros(samples), 1000)
     files = [tmp_path / "fits.wav", tmp_path / "over.wav"]
-    fits, over = translate.translate(model, files, beams=1, max_new_tokens=2)
+    fits, over = translate.translate(model, files, search=SHORT)
     assert fits.pieces == [] and len(over.pieces) == 2
 
 
-def test_a_cascade_translates_what_it_has_transcribed(model, clips):
-    paths = [*good(clips), clips / "empty.wav"]
-    heard = translate.translate(model, paths, "asr", **HOW)
-    found = translate.translate(model, paths, "cascade", **HOW, batch_size=2)
-    assert "the file is empty" in found[-1].error and found[-1].text == ""
-    prompt = translate.ids_of_prompt(model, "st", "fr", "en").tolist()
-    at = prompt.index(AUDIO_ID)
-    for result, transcript in zip(found[:-1], heard[:-1], strict=True):
-        assert result.path == transcript.path and result.text != transcript.text
-        words = model.tokenizer.encode(transcript.text)
-        row = torch.tensor(prompt[:at] + words + prompt[at + 1 :])
-        [answers] = beam_search(model.llm, [model.llm.embed(row)], model.tokenizer.eos_ids, 3,
-                                max_new_tokens=6)  # fmt: skip
-        assert result.text == model.tokenizer.decode(answers[0].ids)
-        assert result.tokens == transcript.tokens + answers[0].length
-        assert result.score == pytest.approx(answers[0].score, abs=2e-4)
+# --------------------------------------------------------------------------------------------- BLEU
+
+HYPOTHESES = ["The cat sleeps on the sofa.", "", "he went to the old Market", "Thanks a lot"]
+REFERENCES = [
+    "The cat sleeps on the couch.",
+    "Where is the station?",
+    "He went to the old market.",
+    "Thank you",
+]
+CHINESE = ["我们明天去北京。", "他喜欢喝茶"], ["我们明天要去北京。", "她喜欢喝茶。"]
+JAPANESE = ["猫は庭で静かに眠る。"], ["猫が庭で静かに眠る。"]
 
 
-def test_a_cascade_translates_a_long_clip_piece_by_piece(model, long_clip):
-    [heard] = translate.translate(model, [long_clip], "asr", beams=1, max_new_tokens=3)
-    [found] = translate.translate(model, [long_clip], "cascade", beams=1, max_new_tokens=3)
-    assert len(heard.pieces) > 1
-    for piece, transcript in zip(found.pieces, heard.pieces, strict=True):
-        assert (piece["start"], piece["end"]) == (transcript["start"], transcript["end"])
-        assert piece["text"] != transcript["text"]
-    assert found.text == " ".join(piece["text"] for piece in found.pieces)
+def test_scores_are_sacrebleus():
+    scores = score(HYPOTHESES, REFERENCES)
+    assert scores["bleu"] == round(sacrebleu.corpus_bleu(HYPOTHESES, [REFERENCES]).score, 2)
+    lower = sacrebleu.corpus_bleu(HYPOTHESES, [REFERENCES], lowercase=True).score
+    assert scores["bleu_lc"] == round(lower, 2) > scores["bleu"] > 0
+    assert scores["chrf"] == round(sacrebleu.corpus_chrf(HYPOTHESES, [REFERENCES]).score, 2)
+    assert "case:mixed" in scores["signature"] and "tok:13a" in scores["signature"]
+    assert "nc:6" in scores["chrf_signature"]
 
 
-def test_a_cascade_finds_nothing_to_translate_where_nothing_was_said(model, clips, monkeypatch):
-    monkeypatch.setattr(model.tokenizer, "decode", lambda ids: "")
-    heard = translate.translate(model, good(clips), "asr", **HOW)
-    found = translate.translate(model, good(clips), "cascade", **HOW)
-    assert [(r.text, r.error) for r in found] == [("", None)] * len(heard)
-    assert [r.tokens for r in found] == [r.tokens for r in heard]
-    assert [r.n_best for r in found] == [r.n_best[:1] for r in heard]
+def test_an_empty_hypothesis_counts():
+    without = [pair for pair in zip(HYPOTHESES, REFERENCES, strict=True) if pair[0]]
+    kept, dropped = score(HYPOTHESES, REFERENCES), score(*map(list, zip(*without, strict=True)))
+    assert kept["n"] == 4
+    assert kept["bleu"] < dropped["bleu"] and kept["chrf"] < dropped["chrf"]
 
 
-# ----------------------------------------------------------------------------------------- the cost
+def test_hypotheses_and_references_must_be_as_many():
+    with pytest.raises(ValueError, match="1 hypotheses for 4 references"):
+        score(HYPOTHESES[:1], REFERENCES)
 
 
-@pytest.mark.parametrize("window", ["clip", "30s"])
-def test_the_meter_counts_what_the_model_computes(clips, tmp_path, window):
-    # Wide: the counter takes causal attention for the whole square, so it has to be a small part.
-    toys.whisper_folder(tmp_path / "whisper", d_model=240, encoder_ffn_dim=400)
-    toys.llama_folder(tmp_path / "llama", hidden_size=360, intermediate_size=520, head_dim=60)
-    save_model(tmp_path, tmp_path / "trained")
-    model = LLaST.from_pretrained(tmp_path / "trained")
-    model.config = replace(model.config, window=window)
-    merge_lora(model)
-    meter, counter = translate.Meter(model), FlopCounterMode(display=False)
-    with sdpa_kernel(SDPBackend.MATH), counter, meter:  # no other attention is counted on a CPU
-        translate.translate(model, good(clips), "cascade", **HOW)
-    assert meter.flops == pytest.approx(counter.get_total_flops(), rel=0.03)
-    before = meter.flops
-    translate.translate(model, good(clips))
-    assert meter.flops == before  # only what is inside counts
-    with meter:
-        translate.translate(model, good(clips)[:1], beams=2, max_new_tokens=1)
-    assert meter.flops > before
+def test_chinese_is_split_as_sacrebleu_splits_chinese():
+    scores = score(*CHINESE, target="zh-CN")
+    expected = sacrebleu.corpus_bleu(CHINESE[0], [CHINESE[1]], tokenize="zh").score
+    assert scores["bleu"] == round(expected, 2) > score(*CHINESE)["bleu"] == 0
+    assert "tok:zh|" in scores["signature"]
 
 
-def test_the_gpus_counter_is_read_as_joules_or_not_at_all(model, monkeypatch):
-    class Driver:
-        failed, millijoules = 0, 5_000
+@pytest.mark.skipif(not (find_spec("MeCab") and find_spec("ipadic")), reason="no sacrebleu[ja]")
+def test_japanese_is_split_by_mecab():
+    scores = score(*JAPANESE, target="ja")
+    expected = sacrebleu.corpus_bleu(JAPANESE[0], [JAPANESE[1]], tokenize="ja-mecab").score
+    assert scores["bleu"] == round(expected, 2) > 0
+    assert "tok:ja-mecab" in scores["signature"]
 
-        def nvmlInit_v2(self):
-            return 0
 
-        def nvmlDeviceGetHandleByUUID(self, uuid, device):
-            assert uuid == b"GPU-1234"
-            return 0
+def test_without_mecab_the_error_names_the_package_and_nothing_else_is_used(without_mecab):
+    with pytest.raises(ValueError, match=r'ja-mecab.* pip install "sacrebleu\[ja\]"'):
+        score(*JAPANESE, target="ja")
 
-        def nvmlDeviceGetTotalEnergyConsumption(self, device, count):
-            Driver.millijoules += 2_000
-            count._obj.value = Driver.millijoules
-            return self.failed
 
-    assert torch.cuda.is_available() or translate.gpu_joules() is None
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    about = SimpleNamespace(uuid="1234")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: about)
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
-    meter = translate.Meter(model)
-    with meter:
-        pass
-    assert meter.joules == 2.0
-    monkeypatch.setattr(Driver, "failed", 3)
-    assert translate.gpu_joules() is None and translate.Meter(model).joules is None
+def test_without_mecab_no_clip_is_translated_in_vain(without_mecab, monkeypatch):
+    monkeypatch.setattr(translate, "translate", None)  # calling it would be a TypeError
+    with pytest.raises(ValueError, match="pip install"):
+        score_rows(None, [Row(Path("a.wav"), "a", "b", "en", "ja", 1.0)])
 
 
 # ------------------------------------------------------------------------------------- command line
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs translate.py with arguments. -> exit code, lines of output, text of errors"""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["translate.py", *map(str, arguments)])
-        code = translate.main()
-        out, err = capsys.readouterr()
-        return code, out.splitlines(), err
-
-    return run
-
-
-@pytest.fixture
-def quick(made):
-    return ("--model", made / "trained", "--max-new-tokens", 6, "--beams", 3)
+def command(run_main):
+    return partial(run_main, translate)
 
 
 def test_a_line_is_printed_for_each_clip(command, quick, model, clips):
-    code, lines, err = command(*quick, *good(clips))
-    texts = [r.text for r in translate.translate(model, good(clips), beams=3, max_new_tokens=6)]
-    assert lines == [f"{path}\t{text}" for path, text in zip(good(clips), texts, strict=True)]
+    code, lines, err = command(*quick, *toys.good(clips))
+    texts = [r.text for r in translate.translate(model, toys.good(clips), search=THREE)]
+    assert lines == [f"{path}\t{text}" for path, text in zip(toys.good(clips), texts, strict=True)]
     assert (code, err) == (0, "")
 
 
 def test_json_has_an_object_for_each_clip(command, quick, clips):
-    code, lines, _ = command(*quick, "--json", *good(clips), clips / "empty.wav")
+    code, lines, _ = command(*quick, "--json", *toys.good(clips), clips / "empty.wav")
     *objects, bad = map(json.loads, lines)
-    assert [o["path"] for o in objects] == [str(path) for path in good(clips)]
+    assert [o["path"] for o in objects] == [str(path) for path in toys.good(clips)]
     assert all(o["text"] and o["score"] < 0 and o["error"] is None for o in objects)
     assert all(o["pieces"] == [] for o in objects)
     assert bad["text"] == "" and "the file is empty" in bad["error"]
     assert code == 1
-
-
-def test_stats_say_on_stderr_what_it_cost(command, quick, clips, monkeypatch):
-    code, lines, err = command(*quick, "--stats", *good(clips))
-    assert code == 0 and len(lines) == len(good(clips))
-    told = dict(line.rsplit(maxsplit=1) for line in err.splitlines())
-    assert (told["clips"], told["audio seconds"]) == ("4", "1.8")
-    assert torch.cuda.is_available() or told["joules"] == "unknown"
-    _, _, err = command(*quick, "--stats", "--json", *good(clips), clips / "empty.wav")
-    cost = json.loads(err)
-    assert [*told] == [name.replace("_", " ") for name in cost]
-    assert cost["clips"] == 4 and cost["audio_seconds"] == pytest.approx(1.8)
-    # Both are rounded, the seconds to the third digit.
-    assert cost["real_time_factor"] == pytest.approx(cost["seconds"] / 1.8, abs=4e-4)
-    assert cost["tflop"] > 0 and cost["tokens_per_second"] > 0 and cost["peak_gb"] > 0
-    monkeypatch.setattr(translate, "resource", None)  # as on Windows
-    _, _, err = command(*quick, "--stats", clips / "good0.wav")
-    assert dict(line.rsplit(maxsplit=1) for line in err.splitlines())["peak gb"] == "unknown"
 
 
 def test_n_best_prints_as_many_lines_with_their_scores(command, quick, clips):
@@ -592,13 +482,13 @@ def test_n_best_prints_as_many_lines_with_their_scores(command, quick, clips):
 
 
 def test_a_folder_and_a_list_name_clips_too(command, quick, clips, tmp_path):
-    for path in good(clips):
+    for path in toys.good(clips):
         shutil.copy(path, tmp_path)
     (tmp_path / "notes.md").write_text("no clip")
     (tmp_path / "list.txt").write_text(f"good2.wav\n\n{clips / 'good0.wav'}\n")
     _, lines, _ = command(*quick, tmp_path)
     assert [line.split("\t")[0] for line in lines] == [
-        str(tmp_path / path.name) for path in sorted(good(clips))
+        str(tmp_path / path.name) for path in sorted(toys.good(clips))
     ]
     _, lines, _ = command(*quick, tmp_path / "list.txt", clips / "good1.wav")
     assert [line.split("\t")[0] for line in lines] == [
@@ -610,26 +500,6 @@ def test_one_bad_clip_is_named_and_makes_the_exit_code_1(command, quick, clips):
     code, lines, err = command(*quick, clips / "good0.wav", clips / "empty.wav")
     assert code == 1 and len(lines) == 1
     assert err == f"{clips / 'empty.wav'}: the file is empty\n"
-
-
-def test_test_scores_the_test_set_and_writes_every_clip(command, quick, made, clips, tmp_path):
-    folder = tmp_path / "fr"
-    shutil.copytree(clips, folder / "clips")
-    rows = [("good0.wav", "un", "one", "test"), ("good1.wav", "deux", "two", "test")]
-    toys.write_corpus(tmp_path, rows)
-    code, lines, _ = command(*quick, "--test", "fr", "--data", tmp_path)
-    assert code == 0 and lines[0].startswith("fr-en on 2 clips: BLEU ")
-    assert len((made / "trained" / "scored.st.fr-en.tsv").read_text().splitlines()) == 3
-    code, lines, _ = command(*quick, "--test", "fr", "--task", "asr", "--data", tmp_path)
-    assert code == 0 and lines[0].startswith("fr on 2 clips: WER ")
-    assert "\tdeux\t" in (made / "trained" / "scored.asr.fr.tsv").read_text()
-
-    # Without --data it is the corpus of the training.
-    (made / "trained" / "run.json").write_text(json.dumps({"data": str(tmp_path)}))
-    code, lines, err = command(*quick, "--test", "fr")
-    (made / "trained" / "run.json").unlink()
-    assert code == 0 and lines[0].startswith("fr-en on 2 clips: BLEU ")
-    assert f"the corpus: {tmp_path}" in err
 
 
 def test_json_of_a_long_clip_says_when_each_piece_is_heard(command, quick, long_clip):
@@ -689,14 +559,14 @@ def test_a_direction_that_is_not_clear_is_answered_with_those_there_are(lang, ta
 
 
 def test_the_direction_reaches_the_prompt(command, made, clips, monkeypatch):
-    save_model(made, made / "outward", ("en-de", "en-zh-CN"))
+    toys.save_model(made, made / "outward", ("en-de", "en-zh-CN"))
     asked = []
 
-    def spy(model, paths, task, source, target, **how):
+    def spy(model, paths, task, source, target, *options, **others):
         asked.append((task, source, target))
         return []
 
-    monkeypatch.setattr(translate, "translate", spy)
+    monkeypatch.setattr(translate, "translate_in_order", spy)
     for flags in (["--lang", "en-zh-CN"], ["--lang", "en-de"], ["--lang", "en", "--task", "asr"]):
         assert command("--model", made / "outward", clips / "good0.wav", *flags)[0] == 0
     assert asked[:2] == [("st", "en", "zh-CN"), ("st", "en", "de")]
@@ -707,7 +577,7 @@ def test_ctrl_c_is_answered(command, quick, clips, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(translate, "translate", stop)
+    monkeypatch.setattr(translate, "translate_in_order", stop)
     assert command(*quick, clips / "good0.wav") == (130, [], "\nstopped\n")
 
 
@@ -732,16 +602,18 @@ def test_a_lack_of_memory_is_told_with_where_it_came(command, quick, clips, monk
 def test_a_model_with_weights_that_are_no_numbers_is_not_listened_to(model, clips):
     with torch.no_grad():
         model.projector.model[4].bias[0] = torch.nan
-    with pytest.raises(ValueError, match="answers with NaN: are its weights whole"):
-        translate.translate(model, good(clips))
+    with pytest.raises(ValueError, match="computes NaN: its weights are damaged"):
+        translate.translate(model, toys.good(clips))
 
 
 def test_the_end_counts_as_a_token_where_there_is_one(model, clips, monkeypatch):
     for most in (1, 2, 40):
-        [found] = translate.translate(model, good(clips)[:1], max_new_tokens=most, beams=1)
+        [found] = translate.translate(
+            model, toys.good(clips)[:1], search=SearchOptions(1, 1.0, most)
+        )
         assert found.tokens == most, "it never ends by itself"
     monkeypatch.setattr(model.tokenizer, "eos_ids", [*range(1300)])
-    [found] = translate.translate(model, good(clips)[:1], max_new_tokens=most, beams=1)
+    [found] = translate.translate(model, toys.good(clips)[:1], search=SearchOptions(1, 1.0, most))
     assert (found.tokens, found.text) == (1, ""), "the end alone"
 
 
@@ -751,66 +623,23 @@ def test_a_name_too_long_for_a_file_is_one_bad_clip(command, quick, clips):
     assert (code, len(lines), err) == (1, 1, f"{name}: no such file\n")
 
 
-def test_all_is_looked_up_before_the_first_clip_is_translated(
-    command, quick, made, clips, tmp_path, monkeypatch
-):
-    folder = tmp_path / "fr"
-    shutil.copytree(clips, folder / "clips")
-    rows = [("good0.wav", "un", "one", "test"), ("good1.wav", "deux", "", "test")]
-    toys.write_corpus(tmp_path, [*rows, ("gone.wav", "quatre", "four", "train")])
-    tests = [*quick, "--test", "fr", "--data", tmp_path]
-    code, _, err = command(*tests)
-    assert code == 0, err
-    told = [line for line in err.splitlines() if "cannot be used" in line]
-    assert len(told) == 2, "that of train is no matter here"
-    assert told[0].startswith("cannot be used for test: ") and "empty translation" in told[0]
-    assert told[1] == "fr-en: 1 row of test cannot be used, see above"
-
-    monkeypatch.setattr(translate, "translate", None)
-    for arguments, answer in (
-        ([*tests, tmp_path / "list.txt"], "list.txt: no such file"),
-        ([*tests, clips, "--lang", "de"], "was not trained on 'de'"),
-    ):
-        code, _, err = command(*arguments)
-        assert code == 2 and answer in err
-    written = made / "trained" / "scored.st.fr-en.tsv"
-    assert written.read_text().count("\n") == 2, "what was there is still there"
-    written.unlink()
-    with pytest.raises(TypeError):  # where the first clip would be translated
-        command(*tests)
-    assert not written.exists()
-    written.mkdir()
-    code, _, err = command(*tests)
-    written.rmdir()
-    assert code == 2 and "Is a directory" in err and "scored.st.fr-en.tsv" in err
-
-
 def test_mistakes_are_answered_with_what_to_do_and_exit_code_2(command, quick, clips, made):
     clip = clips / "good0.wav"
-    save_model(made, made / "two", ("de-en", "fr-en"))
+    toys.save_model(made, made / "two", ("de-en", "fr-en"))
     empty = made / "empty.txt"
     empty.write_text("\n\n")
     latin = made / "latin.txt"
     latin.write_bytes("été.wav".encode("latin-1"))
     for arguments, answer in (
-        ([], "nothing to do: name audio files"),
         (["--model", clips, clip], f"{clips} is no saved LLaST: it has no llast.json"),
         ([*quick, "--lang", "french", clip], "unknown language 'french'; did you mean 'fr'"),
         ([*quick, "--lang", "de", clip], "was not trained on 'de'; it knows fr"),
         (["--model", made / "two", clip], "knows de-en, fr-en; say which with --lang"),
-        ([*quick, "--test", "fr", "--data", clips], "no fr-en corpus"),
-        ([*quick, "--test", "fr,de", "--data", clips], "no fr-en corpus"),
-        ([*quick, "--test", "de"], "was not trained on 'de-en'; it knows fr-en"),
-        ([*quick, "--test", "fr", "--lang", "fr"], "--lang is for audio files"),
-        ([*quick, "--test", "fr", "--n-best", 2, "--beams", 2], "--n-best is for audio files"),
-        ([*quick, "--data", clips, clip], "without --test leave it out"),
-        ([*quick, "--published", clip], "--published stands beside the BLEU of --test"),
-        ([*quick, "--published", "--test", "fr", "--task", "asr"], "which --task asr has not"),
         ([*quick, made / "trained"], "holds no .wav"),
         ([*quick, made / "list.txt"], "list.txt"),
         ([*quick, empty], "names no clip"),
         ([*quick, latin], "latin.txt is not in UTF-8"),
-        ([*quick, "--lang", "fr,de", clip], "all audio files are in one direction"),
+        ([*quick, "--lang", "fr,de", clip], "name one direction, it is for all audio files"),
         ([*quick, "--lang", "en", "--task", "asr", clip], "was not trained on 'en'; it knows fr"),
         ([*quick, "--length-penalty", 1000, clip], "--length-penalty is 1000.0; expected -10 to"),
         ([*quick, "--length-penalty", "nan", clip], "--length-penalty is nan; expected -10 to"),
@@ -828,8 +657,8 @@ def test_without_model_the_newest_run_is_used_and_named(
     assert code == 2 and "no trained model" in err and "python train.py" in err
 
     for age, name in enumerate(["b", "c", "a"]):
-        save_model(made, tmp_path / "runs" / name)
+        toys.save_model(made, tmp_path / "runs" / name)
         os.utime(tmp_path / "runs" / name / "llast.json", (10_000 - age, 10_000 - age))
     code, lines, err = command("--max-new-tokens", 2, clips / "good0.wav")
     assert code == 0 and len(lines) == 1
-    assert err == f"no --model given: using the newest, {tmp_path / 'runs' / 'b'}\n"
+    assert err == f"no --model: the newest one is {tmp_path / 'runs' / 'b'}\n"

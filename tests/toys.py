@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from data import write_table
 from llama import Llama, LlamaConfig
+from llast import LLaST, LLaSTConfig
 from whisper_encoder import WhisperConfig, WhisperEncoder
 
 TINY = Path(__file__).parents[1] / "tiny"
@@ -68,6 +69,23 @@ def llama_folder(folder: Path, **changes) -> Path:
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
     shutil.copy(TINY / "llama" / "tokenizer.model", folder)
     return folder
+
+
+def save_model(made: Path, folder: Path, directions=("fr-en",)):
+    config = LLaSTConfig(
+        encoder=str(made / "whisper"), llm=str(made / "llama"), template="llama2", window="clip",
+        encoder_rank=2, encoder_alpha=4.0, llm_rank=2, llm_alpha=4.0, dropout=0.5,
+        directions=directions,
+    )  # fmt: skip
+    model = LLaST.fresh(config)
+    chance = torch.Generator().manual_seed(1)
+    for tensor in model.trained().values():
+        tensor.normal_(std=0.3, generator=chance)
+    model.save_pretrained(folder)
+
+
+def good(clips: Path) -> list[Path]:
+    return sorted(clips.glob("good*.wav"), reverse=True)  # not in the order of their lengths
 
 
 def tone(hertz: float, rate: int, seconds: float = 0.2) -> np.ndarray:

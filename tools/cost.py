@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository, whatever t
 from llama import LlamaConfig
 from llast import LLaST
 from translate import Translation
-from whisper_encoder import WhisperConfig, audio_seconds
+from whisper_encoder import WhisperConfig
 
 # Multiplications and additions of a forward pass, without LoRA: merged, it costs nothing.
 # Wc and Lc are the configurations of both bases.
@@ -52,17 +52,20 @@ def llm_flops(Lc: LlamaConfig, T: int, asked: int, past: int = 0) -> tuple[int, 
 
 
 class Meter:
-    """What the work inside its `with` blocks costs; for a model whose LoRA is merged.
+    """What the work in its `with` blocks costs. The model's LoRA must be merged.
 
-    The arithmetic is that of formulas, put to the shapes that the parts of the model are given:
-    hooks see those, padding and clips that are done already included, without a word in the search.
+    Hooks apply the formulas to the shapes of the tensors that reach the parts of the model, padding
+    included. The hooks are removed at the end of a block. The costs of several blocks are added.
     """
 
     def __init__(self, model: LLaST):
+        self.model, self.hooks = model, []
         self.seconds, self.flops, self.peak = 0.0, 0, 0
         self.joules = None if gpu_joules() is None else 0.0
-        self.on_gpu, self.counting = model.device.type == "cuda", False
-        Wc, Lc = model.speech_encoder.config, model.llm.config
+        self.on_gpu = model.device.type == "cuda"
+
+    def __enter__(self):
+        Wc, Lc = self.model.speech_encoder.config, self.model.llm.config
 
         def of_encoder(mel, lengths, n):
             return len(mel) * sum(encoder_flops(Wc, mel.shape[2] // 2, n))
@@ -71,45 +74,43 @@ class Meter:
             (B, T, _), n = x.shape, past[2] if past else 0
             return B * sum(llm_flops(Lc, T, T if asked is None else len(asked[0]) // B, n))
 
-        self.count(model.speech_encoder, of_encoder)
-        self.count(model.projector, lambda x: projector_flops(Wc, Lc, x.numel() // Wc.d_model))
-        self.count(model.llm.model.layers[-1], of_layers)
-        self.count(model.llm.lm_head, lambda x: 2 * x.numel() * Lc.vocab_size)
+        self.count(self.model.speech_encoder, of_encoder)
+        self.count(self.model.projector, lambda x: projector_flops(Wc, Lc, x.numel() // Wc.d_model))
+        self.count(self.model.llm.model.layers[-1], of_layers)
+        self.count(self.model.llm.lm_head, lambda x: 2 * x.numel() * Lc.vocab_size)
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        self.joules_before, self.began = gpu_joules(), time.perf_counter()
+        return self
 
     def count(self, module: nn.Module, formula):
         def hook(_, args):
-            self.flops += formula(*args) if self.counting else 0
+            self.flops += formula(*args)
 
-        module.register_forward_pre_hook(hook)
-
-    def __enter__(self):
-        if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        self.counting = True
-        self.joules_before, self.began = gpu_joules(), time.perf_counter()
+        self.hooks.append(module.register_forward_pre_hook(hook))
 
     def __exit__(self, *_):
+        while self.hooks:
+            self.hooks.pop().remove()
         if self.on_gpu:
             torch.cuda.synchronize()
             self.peak = max(self.peak, torch.cuda.max_memory_allocated())
-        elif resource:
-            unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes on Linux
-            self.peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # ever, so far
+        elif resource:  # the peak since the process started
+            unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+            self.peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self.seconds += time.perf_counter() - self.began
         if self.joules is not None:
             self.joules += gpu_joules() - self.joules_before
-        self.counting = False
 
-    def figures(self, results: list[Translation]) -> dict[str, float | None]:
-        """For what came of the work, in s, TFLOP, GB and J; None where nothing counts it."""
-        heard = [result for result in results if not result.error]
-        audio = sum(audio_seconds(result.path) for result in heard)
+    def figures(self, results: list[Translation], audio_seconds: float) -> dict[str, float | None]:
+        """Costs of the results in s, TFLOP, GB and J. A cost that cannot be measured is None."""
+        used = [result for result in results if not result.error]
         return {
-            "clips": len(heard),
-            "audio_seconds": round(audio, 2),
+            "clips": len(used),
+            "audio_seconds": round(audio_seconds, 2),
             "seconds": round(self.seconds, 3),
-            "real_time_factor": round(self.seconds / audio, 4) if audio else None,
-            "tokens_per_second": round(sum(r.tokens for r in heard) / self.seconds, 1),
+            "real_time_factor": round(self.seconds / audio_seconds, 4) if audio_seconds else None,
+            "tokens_per_second": round(sum(r.tokens for r in used) / self.seconds, 1),
             "tflop": round(self.flops / 1e12, 6),
             "peak_gb": round(self.peak / 1e9, 3) if self.peak else None,
             "joules": None if self.joules is None else round(self.joules, 1),

@@ -1,4 +1,8 @@
-"""Score test sets of many directions: BLEU, chrF, word and character error rates, cascade, cost."""
+"""Score test sets with a trained LLaST: BLEU, chrF, WER and CER, cascade, published scores, cost.
+
+python tools/evaluate.py --model runs/fr --test fr,de
+python tools/evaluate.py --model runs/fr --task cascade --stats clip.wav
+"""
 
 import argparse
 import json
@@ -13,71 +17,80 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository, whatever the folder is
 
 from data import Row, parse_directions
-from llast import LLaST, phase, pick_device
-from lora import merge_lora
+from llast import LLaST, phase
 from tools.cost import Meter
 from translate import (
     FIGURES,
     HERE,
     UNSPACED,
+    SearchOptions,
     Translation,
+    add_options,
+    answer,
+    audio_paths,
+    check_options,
     choose_direction,
     describe,
     ids_of_prompt,
-    in_batches,
+    load_model,
     metrics,
-    newest_run,
+    print_json,
     read_splits,
+    run_command,
     score,
+    search_options,
+    show,
     translate,
     write_results,
 )
+from whisper_encoder import audio_seconds
+
+EMBEDDED = HERE / "tiny" / "corpus"
 
 # ------------------------------------------------------------------------------------------ cascade
 
 
 def cascade(
     model: LLaST,
-    paths: list,
+    clips: list,
     source: str,
     target: str,
-    beams: int = 5,
-    length_penalty: float = 1.0,
-    max_new_tokens: int = 256,
+    search: SearchOptions,
     batch_size: int = 16,
     progress: bool = False,
 ) -> list[Translation]:
-    """Transcribe, then translate the transcripts, which stand where speech would: the same model.
+    """Transcribe, then translate the transcript, which takes the place of the speech in the prompt.
 
-    A long clip is translated piece by piece; an empty transcript stays empty.
+    Both steps use the same model. A long clip is translated piece by piece. An empty transcript
+    stays empty.
     """
-    search = beams, length_penalty, max_new_tokens
-    how = {"batch_size": batch_size, "progress": progress}
-    results = translate(model, paths, "asr", source, target, *search, **how)
+    options = {"batch_size": batch_size, "progress": progress}
+    results = translate(model, clips, "asr", source, target, search, **options)
 
-    def embed(texts: list[str]) -> list[Tensor]:
-        tokens = [torch.tensor(model.tokenizer.encode(text)) for text in texts]
-        return [model.llm.embed(t.to(model.device)) for t in tokens]
+    def embed(transcripts: list[tuple]) -> list[Tensor]:
+        ids = [torch.tensor(model.tokenizer.encode(piece["text"])) for _, piece in transcripts]
+        return [model.llm.embed(i.to(model.device)) for i in ids]
 
-    spoken = []  # (result, piece, transcript)
+    transcripts = []  # a result and one of its pieces
     for result in results:
         pieces = result.pieces or [{"text": result.text}]
-        spoken += [(result, piece, piece["text"]) for piece in pieces if piece["text"]]
-    spoken.sort(key=lambda one: len(one[-1]))
+        transcripts += [(result, piece) for piece in pieces if piece["text"]]
+    transcripts.sort(key=lambda transcript: len(transcript[1]["text"]))
     ids = ids_of_prompt(model, "st", source, target)
-    translated = defaultdict(list)
-    for (result, piece, _), answers in in_batches(model, ids, spoken, embed, batch_size, search):
-        piece["text"] = answers[0].text
-        result.tokens += answers[0].tokens
-        translated[id(result)].append((piece, answers[0].score))
+    translated = defaultdict(list)  # of each result: pieces with a text, and their scores
+    for start in range(0, len(transcripts), batch_size):
+        batch = transcripts[start : start + batch_size]
+        answers = answer(model, ids, batch, embed, search)
+        for (result, piece), (best, *_) in zip(batch, answers, strict=True):
+            piece["text"] = best.text
+            result.tokens += best.length
+            translated[id(result)].append((piece, best.score))
     for result in results:
-        pieces = translated[id(result)]
-        if not pieces:
-            continue
-        texts = [piece["text"] for piece in result.pieces or [pieces[0][0]]]
-        result.text = ("" if target in UNSPACED else " ").join(text for text in texts if text)
-        result.score = round(sum(score for _, score in pieces) / len(pieces), 4)
-        result.n_best = [{"text": result.text, "score": result.score}]
+        if pieces := translated[id(result)]:
+            texts = [piece["text"] for piece in result.pieces or [pieces[0][0]]]
+            result.text = ("" if target in UNSPACED else " ").join(text for text in texts if text)
+            result.score = round(sum(score for _, score in pieces) / len(pieces), 4)
+            result.n_best = [{"text": result.text, "score": result.score}]
     return results
 
 
@@ -138,7 +151,7 @@ def table_line(name: str, cells: list) -> str:
     return f"{name:<22}" + "".join(f"{cell:>13}" for cell in shown)
 
 
-def table(scores: dict[str, dict]) -> list[str]:
+def score_table(scores: dict[str, dict]) -> list[str]:
     """Scores of several directions, their plain mean, and below it each signature once."""
     figures = [key for key in FIGURES if all(key in found for found in scores.values())]
     lines = [table_line("direction", ["clips", "failed", *(FIGURES[key] for key in figures)])]
@@ -170,11 +183,11 @@ code of LLaST lower-cases both sides, as the column "lower-cased" does), and so 
 Common Voice that the clips come from."""
 
 
-def published(directions: list[str]) -> list[str]:
-    """The published scores of those of the directions that have some, and what to mind."""
+def published_table(directions: list[str]) -> list[str]:
+    """The published scores of those directions that have some, and how to read them."""
     columns = [i for i, name in enumerate(PUBLISHED["published BLEU"]) if name in directions]
     if not columns:
-        return [f"no published BLEU at hand for {', '.join(directions)}"]
+        return []
     rows = {name: [values[i] for i in columns] for name, values in PUBLISHED.items()}
     return [*(table_line(name, cells) for name, cells in rows.items() if any(cells)), CAVEAT]
 
@@ -183,34 +196,39 @@ def published(directions: list[str]) -> list[str]:
 
 
 def corpus_of(folder: Path) -> Path:
-    """What a model was trained on, by the run.json beside it; without one the embedded corpus."""
+    """The corpus that a model was trained on. Without a run.json it is the embedded corpus."""
     file = folder / "run.json"
-    if file.is_file():
-        return Path(json.loads(file.read_text())["data"])
-    return HERE / "tiny" / "corpus"
+    if not file.is_file():
+        return EMBEDDED
+    try:
+        return Path(json.loads(file.read_text(encoding="utf-8"))["data"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{file} has no path of a corpus ({error!r}); name it with --data"
+        ) from error
 
 
 def tsv_of(folder: Path, task: str, name: str) -> Path:
-    """Where --test writes every clip; test.*.tsv is that of the training."""
+    """The table of every test clip. The tables that train.py writes are called test.*.tsv."""
     return folder / f"scored.{task}.{name}.tsv"
 
 
-def must_be_writable(file: Path):
-    """An error if not; the file is as it was before, or is not there as before."""
-    was_there = file.exists()
+def check_writable(file: Path):
+    """Raise an error if the file cannot be written. Change nothing."""
+    exists = file.exists()
     file.open("a").close()
-    if not was_there:
+    if not exists:
         file.unlink()
 
 
-def run_task(model: LLaST, paths: list, task: str, source: str, target: str, **how):
+def run_task(model: LLaST, clips: list, task: str, *languages_and_search, **options):
     if task == "cascade":
-        return cascade(model, paths, source, target, **how)
-    return translate(model, paths, task, source, target, **how)
+        return cascade(model, clips, *languages_and_search, **options)
+    return translate(model, clips, task, *languages_and_search, **options)
 
 
 def score_results(rows: list[Row], results: list[Translation], tsv: Path | None, task: str) -> dict:
-    """Scores of the results of rows of one direction; `tsv` gets a line for each."""
+    """Score the results of rows of one direction, and write each of them to `tsv`."""
     references = [row.sentence if task == "asr" else row.translation for row in rows]
     failed = write_results(rows, references, results, tsv)
     source, target = rows[0].source, rows[0].target
@@ -218,123 +236,110 @@ def score_results(rows: list[Row], results: list[Translation], tsv: Path | None,
     return rate([r.text for r in results], references, language) | {"failed": failed}
 
 
-def test_rows(model: LLaST, args, folder: Path, corpus: Path) -> dict[str, list[Row]]:
-    """The rows of each test set that --test names, looked up before the first clip, for that may
-    take hours."""
+def read_tests(model: LLaST, args, folder: Path, corpus: Path) -> dict[str, list[Row]]:
+    """The rows of each test set. All mistakes are reported before the first clip is translated."""
     tests = {}
     for source, target in parse_directions(args.test):
         name = source if args.task == "asr" else f"{source}-{target}"
-        choose_direction(model, name, folder, args.task)  # or an error
+        choose_direction(model, name, folder, args.task)
         if name in tests:
-            continue  # a language is transcribed once, whatever it is translated into
-        rows = read_splits(corpus, source, target, asked=["test"])["test"]
+            continue  # a language is transcribed once, whatever its targets are
+        rows = read_splits(corpus, source, target, ["test"])["test"]
         if not rows:
             raise ValueError(f"the {source}-{target} corpus in {corpus} has no test clips")
         tests[name] = rows_with_reference(rows, args.task)
     for name in tests:
-        must_be_writable(tsv_of(folder, args.task, name))
+        check_writable(tsv_of(folder, args.task, name))
     return tests
 
 
-def run_tests(model: LLaST, args, folder: Path, how: dict, meter) -> list[Translation]:
-    """Score the test sets that --test names. -> what came of their clips"""
+def run_tests(model: LLaST, args, folder: Path, meter) -> list[Translation]:
+    """Score the test sets that --test names. Return the results of all clips."""
     corpus = args.data or corpus_of(folder)
-    tests = test_rows(model, args, folder, corpus)
-    print(f"the corpus: {corpus}", file=sys.stderr)
+    tests = read_tests(model, args, folder, corpus)
+    print(f"corpus: {corpus}", file=sys.stderr)
+    options = {"batch_size": args.batch, "progress": True}
     scores, everything = {}, []
     for name, rows in tests.items():
         tsv = tsv_of(folder, args.task, name)
-        paths, pair = [row.path for row in rows], (rows[0].source, rows[0].target)
+        paths, languages = [row.path for row in rows], (rows[0].source, rows[0].target)
         with meter:
-            results = run_task(model, paths, args.task, *pair, progress=True, **how)
+            results = run_task(model, paths, args.task, *languages, search_options(args), **options)
         everything += results
-        found = scores[name] = score_results(rows, results, tsv, args.task)
+        scores[name] = score_results(rows, results, tsv, args.task)
         print(f"every clip with its reference and its hypothesis: {tsv}", file=sys.stderr)
         if args.json:
-            print(json.dumps({"direction": name, "task": args.task} | found), flush=True)
-        else:  # of several, the table comes last; until then this tells how it goes
-            print(describe(name, found), file=sys.stdout if len(tests) == 1 else sys.stderr)
+            print_json({"direction": name, "task": args.task} | scores[name])
+        else:  # the table of several directions is printed at the end
+            file = sys.stdout if len(tests) == 1 else sys.stderr
+            print(describe(name, scores[name]), file=file)
     if len(tests) > 1 and not args.json:
-        print(*table(scores), sep="\n")
-    if args.published:
-        print(*published(list(tests)), sep="\n", file=sys.stderr if args.json else sys.stdout)
+        print(*score_table(scores), sep="\n")
+    if args.task != "asr" and corpus.resolve() != EMBEDDED.resolve():
+        for line in published_table(list(tests)):
+            print(line, file=sys.stderr if args.json else sys.stdout)
     return everything
 
 
-def show_cost(cost: dict[str, float | None], as_json: bool):
-    """On stderr, so that texts and scores stay alone on stdout."""
+def run_clips(model: LLaST, args, folder: Path, meter) -> list[Translation]:
+    """Translate or transcribe single clips and print the results."""
+    paths = audio_paths(args.audio)
+    languages = choose_direction(model, args.lang, folder, args.task)
+    with meter:
+        results = run_task(
+            model, paths, args.task, *languages, search_options(args), batch_size=args.batch
+        )
+    for result in results:
+        show(result, args.json)
+    return results
+
+
+def print_cost(cost: dict[str, float | None], as_json: bool):
+    """Print to stderr, so that stdout has only texts and scores."""
     if as_json:
-        print(json.dumps(cost), file=sys.stderr)
+        print_json(cost, file=sys.stderr)
         return
     for name, value in cost.items():
-        shown = "unknown" if value is None else f"{value:,}"
-        print(f"{name.replace('_', ' '):18}{shown:>12}", file=sys.stderr)
+        number = "unknown" if value is None else f"{value:,}"
+        print(f"{name.replace('_', ' '):18}{number:>12}", file=sys.stderr)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Score test sets with a trained LLaST.")
     add = parser.add_argument
-    add("--test", metavar="LANGS", required=True, help="directions to score, as fr,de,en-ja")
-    add("--model", type=Path, help="folder that train.py wrote; without it the newest in runs/")
-    add("--data", type=Path, help="the corpus [the one the model was trained on]")
+    add("audio", nargs="*", help="instead of --test: audio files, folders or .txt files, as for "
+        "translate.py")  # fmt: skip
+    add("--test", metavar="LANGS", help="directions to score, as fr,de,en-ja")
+    add("--data", type=Path, help="corpus [the one that the model was trained on]")
+    add("--lang", help="of audio files: language or direction, if the model has several")
     add("--task", choices=("st", "asr", "cascade"), default="st",
         help="st translates [st], asr transcribes, cascade translates the transcript")  # fmt: skip
-    add("--published", action="store_true", help="print published scores beside those of --test")
-    add("--stats", action="store_true", help="print time, arithmetic, memory and energy at the end")
-    add("--beams", type=int, default=5, help="beams [5]; 1 is greedy search")
-    add("--length-penalty", type=float, default=1.0, help="above 1 favours longer answers [1]")
-    add("--max-new-tokens", type=int, default=256, help="longest answer, in tokens [256]")
-    add("--batch", type=int, default=16, help="clips translated at once [16]")
-    add("--json", action="store_true", help="one JSON object a direction")
-    add("--compile", action="store_true",
-        help="compile each layer: slow at first, then faster; on a CPU it needs g++")  # fmt: skip
-    add("--encoder", type=Path, help="where the encoder's folder is now, if it has moved")
-    add("--llm", type=Path, help="where the LLM's folder is now, if it has moved")
+    add("--stats", action="store_true", help="print time, FLOPs, memory and energy at the end")
+    add_options(parser)
     return parser
 
 
-def check(args: argparse.Namespace):
-    """What a flag alone cannot know to be wrong."""
-    for name in ("beams", "max_new_tokens", "batch"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; 1 is the least")
-    if not abs(args.length_penalty) <= 10:
-        raise ValueError(f"--length-penalty is {args.length_penalty}; expected -10 to 10")
-    if args.published and args.task == "asr":
-        raise ValueError("--published stands beside the BLEU of --test, which --task asr has not")
-
-
 def run(args: argparse.Namespace) -> int:
-    check(args)
-    folder = args.model or newest_run(HERE / "runs")
-    if not args.model:
-        print(f"no --model given: using the newest, {folder}", file=sys.stderr)
-    device, dtype, _ = pick_device()
-    with phase("while loading the model", "a smaller one needs less"):
-        model = LLaST.from_pretrained(folder, args.encoder, args.llm, device, dtype)
-        merge_lora(model, for_good=True)
-    if args.compile:
-        model.compile_layers()
-    how = {name: getattr(args, name) for name in ("beams", "length_penalty", "max_new_tokens")}
-    how["batch_size"] = args.batch
+    check_options(args)
+    if bool(args.test) == bool(args.audio):
+        raise ValueError("expected either --test or audio files, found both or none of them")
+    for name, need in (("data", "test"), ("lang", "audio")):
+        if getattr(args, name) and not getattr(args, need):
+            raise ValueError(
+                f"--{name} is only for {'--test' if need == 'test' else 'audio files'}"
+            )
+    model, folder = load_model(args)
     meter = Meter(model) if args.stats else nullcontext()
     with phase("even with one clip at a time", "fewer --beams or --max-new-tokens need less"):
-        everything = run_tests(model, args, folder, how, meter)
+        results = (run_tests if args.test else run_clips)(model, args, folder, meter)
     if args.stats:
-        show_cost(meter.figures(everything), args.json)
-    return 1 if any(result.error for result in everything) else 0
+        used = [result.path for result in results if not result.error]
+        print_cost(meter.figures(results, sum(map(audio_seconds, map(Path, used)))), args.json)
+    return 1 if any(result.error for result in results) else 0
 
 
 def main() -> int:
-    args = build_parser().parse_args()
-    try:
-        return run(args)
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
+    return run_command("evaluate.py", run, build_parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -1,88 +1,62 @@
-"""tools/evaluate.py: scores by target, error rates, whole test sets, published numbers."""
+"""tools/evaluate.py: cascade, error rates, tables of several test sets, published scores."""
 
 import itertools
 import json
 import random
-import sys
-from importlib.util import find_spec
+import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import sacrebleu
+import torch
 
-import translate
-from data import Row
-from translate import Translation, edit_distance, error_rates, score, score_rows
+import toys
+from data import AUDIO_ID, Row
+from tools import evaluate
+from tools.evaluate import cascade, edit_distance, error_rates, rows_with_reference, score_results
+from translate import SearchOptions, Translation, beam_search, ids_of_prompt, translate
 
-HYPOTHESES = ["The cat sleeps on the sofa.", "", "he went to the old Market", "Thanks a lot"]
-REFERENCES = [
-    "The cat sleeps on the couch.",
-    "Where is the station?",
-    "He went to the old market.",
-    "Thank you",
-]
-CHINESE = ["我们明天去北京。", "他喜欢喝茶"], ["我们明天要去北京。", "她喜欢喝茶。"]
-JAPANESE = ["猫は庭で静かに眠る。"], ["猫が庭で静かに眠る。"]
+THREE = SearchOptions(3, max_new_tokens=6)
+SHORT = SearchOptions(1, max_new_tokens=3)
 
-# ------------------------------------------------------------------------------------ translations
+# ----------------------------------------------------------------------------------------- cascade
 
 
-def test_scores_are_sacrebleus():
-    scores = score(HYPOTHESES, REFERENCES)
-    assert scores["bleu"] == round(sacrebleu.corpus_bleu(HYPOTHESES, [REFERENCES]).score, 2)
-    lower = sacrebleu.corpus_bleu(HYPOTHESES, [REFERENCES], lowercase=True).score
-    assert scores["bleu_lc"] == round(lower, 2) > scores["bleu"] > 0
-    assert scores["chrf"] == round(sacrebleu.corpus_chrf(HYPOTHESES, [REFERENCES]).score, 2)
-    assert "case:mixed" in scores["signature"] and "tok:13a" in scores["signature"]
-    assert "nc:6" in scores["chrf_signature"]
+def test_a_cascade_translates_what_it_has_transcribed(model, clips):
+    paths = [*toys.good(clips), clips / "empty.wav"]
+    heard = translate(model, paths, "asr", search=THREE)
+    found = cascade(model, paths, "fr", "en", THREE, batch_size=2)
+    assert "the file is empty" in found[-1].error and found[-1].text == ""
+    prompt = ids_of_prompt(model, "st", "fr", "en").tolist()
+    at = prompt.index(AUDIO_ID)
+    for result, transcript in zip(found[:-1], heard[:-1], strict=True):
+        assert result.path == transcript.path and result.text != transcript.text
+        words = model.tokenizer.encode(transcript.text)
+        row = torch.tensor(prompt[:at] + words + prompt[at + 1 :])
+        [answers] = beam_search(model.llm, [model.llm.embed(row)], model.tokenizer.eos_ids, THREE)
+        assert result.text == model.tokenizer.decode(answers[0].ids)
+        assert result.tokens == transcript.tokens + answers[0].length
+        assert result.score == pytest.approx(answers[0].score, abs=2e-4)
 
 
-def test_an_empty_hypothesis_counts():
-    without = [pair for pair in zip(HYPOTHESES, REFERENCES, strict=True) if pair[0]]
-    kept, dropped = score(HYPOTHESES, REFERENCES), score(*map(list, zip(*without, strict=True)))
-    assert kept["n"] == 4
-    assert kept["bleu"] < dropped["bleu"] and kept["chrf"] < dropped["chrf"]
+def test_a_cascade_translates_a_long_clip_piece_by_piece(model, long_clip):
+    [heard] = translate(model, [long_clip], "asr", search=SHORT)
+    [found] = cascade(model, [long_clip], "fr", "en", SHORT)
+    assert len(heard.pieces) > 1
+    for piece, transcript in zip(found.pieces, heard.pieces, strict=True):
+        assert (piece["start"], piece["end"]) == (transcript["start"], transcript["end"])
+        assert piece["text"] != transcript["text"]
+    assert found.text == " ".join(piece["text"] for piece in found.pieces)
 
 
-def test_hypotheses_and_references_must_be_as_many():
-    with pytest.raises(ValueError, match="1 hypotheses for 4 references"):
-        score(HYPOTHESES[:1], REFERENCES)
-    with pytest.raises(ValueError):
-        error_rates(HYPOTHESES[:1], REFERENCES, "en")
-
-
-def test_chinese_is_split_as_sacrebleu_splits_chinese():
-    scores = score(*CHINESE, target="zh-CN")
-    expected = sacrebleu.corpus_bleu(CHINESE[0], [CHINESE[1]], tokenize="zh").score
-    assert scores["bleu"] == round(expected, 2) > score(*CHINESE)["bleu"] == 0
-    assert "tok:zh|" in scores["signature"]
-
-
-@pytest.mark.skipif(not (find_spec("MeCab") and find_spec("ipadic")), reason="no sacrebleu[ja]")
-def test_japanese_is_split_by_mecab():
-    scores = score(*JAPANESE, target="ja")
-    expected = sacrebleu.corpus_bleu(JAPANESE[0], [JAPANESE[1]], tokenize="ja-mecab").score
-    assert scores["bleu"] == round(expected, 2) > 0
-    assert "tok:ja-mecab" in scores["signature"]
-
-
-@pytest.fixture
-def without_mecab(monkeypatch):
-    for name in ("MeCab", "ipadic"):
-        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
-    monkeypatch.delitem(sys.modules, "sacrebleu.tokenizers.tokenizer_ja_mecab", raising=False)
-
-
-def test_without_mecab_the_error_names_the_package_and_nothing_else_is_used(without_mecab):
-    with pytest.raises(ValueError, match=r'ja-mecab.* pip install "sacrebleu\[ja\]"'):
-        score(*JAPANESE, target="ja")
-
-
-def test_without_mecab_no_clip_is_translated_in_vain(without_mecab, monkeypatch):
-    monkeypatch.setattr(translate, "translate", None)  # calling it would be a TypeError
-    with pytest.raises(ValueError, match="pip install"):
-        score_rows(None, [Row(Path("a.wav"), "a", "b", "en", "ja", 1.0)])
+def test_a_cascade_finds_nothing_to_translate_where_nothing_was_said(model, clips, monkeypatch):
+    monkeypatch.setattr(model.tokenizer, "decode", lambda ids: "")
+    heard = translate(model, toys.good(clips), "asr", search=THREE)
+    found = cascade(model, toys.good(clips), "fr", "en", THREE)
+    assert [(r.text, r.error) for r in found] == [("", None)] * len(heard)
+    assert [r.tokens for r in found] == [r.tokens for r in heard]
+    assert [r.n_best for r in found] == [r.n_best[:1] for r in heard]
 
 
 # ------------------------------------------------------------------------------------- transcripts
@@ -146,7 +120,7 @@ def says(monkeypatch):
     """Puts a stand-in for translate() in place: what it answers to a file name, and its calls."""
     answers, calls = {}, []
 
-    def stand_in(model, paths, task="st", source="fr", target="en", **how):
+    def stand_in(model, paths, task="st", source="fr", target="en", search=None, **options):
         calls.append((task, source, target, [path.name for path in paths]))
         results = []
         for path in paths:
@@ -155,7 +129,7 @@ def says(monkeypatch):
             results.append(Translation(str(path), text or "", None if bad else -0.5, error=bad))
         return results
 
-    monkeypatch.setattr(translate, "translate", stand_in)
+    monkeypatch.setattr(evaluate, "translate", stand_in)
     return SimpleNamespace(answers=answers, calls=calls)
 
 
@@ -163,78 +137,59 @@ def read_table(path: Path) -> list[list[str]]:
     return [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_every_clip_has_its_line_and_a_failed_one_is_empty_counted_and_named(
-    says, tmp_path, capsys
-):
-    rows = rows_of("fr", "en")
-    says.answers |= {"fr0.mp3": "said in\nen 0 .", "fr2.mp3": "said so"}
-    scores = score_rows(None, rows, tmp_path / "out.tsv")
-    assert (scores["n"], scores["failed"]) == (3, 1)
-    assert "fr1.mp3: no such file" in capsys.readouterr().err
-    assert read_table(tmp_path / "out.tsv") == [
-        ["clip", "reference", "hypothesis", "score", "error"],
-        ["fr0.mp3", "said in en 0 .", "said in en 0 .", "-0.5", ""],
-        ["fr1.mp3", "said in en 1 .", "", "None", "fr1.mp3: no such file"],
-        ["fr2.mp3", "said in en 2 .", "said so", "-0.5", ""],
-    ]
-    expected = score(["said in\nen 0 .", "", "said so"], [row.translation for row in rows])
-    assert scores == expected | {"failed": 1}
+def results_of(rows: list[Row], *texts: str | None) -> list[Translation]:
+    """A result for each row; None is a clip that failed."""
+    return [
+        Translation(str(row.path), text or "", None if text is None else -0.5,
+                    error=f"{row.path}: no such file" if text is None else None)
+        for row, text in zip(rows, texts, strict=True)
+    ]  # fmt: skip
 
 
-def test_the_target_chooses_the_tokenizer_of_a_test_set(says):
-    says.answers |= {f"en{i}.mp3": "我们明天去北京。" for i in range(3)}
-    assert "tok:zh|" in score_rows(None, rows_of("en", "zh-CN"))["signature"]
-
-
-def test_transcripts_are_compared_with_the_sentence_of_those_rows_that_have_one(
-    says, tmp_path, capsys
-):
+def test_transcripts_are_compared_with_the_sentence_of_those_rows_that_have_one(tmp_path, capsys):
     rows = rows_of("fr", "en")
     silent = Row(Path("silent.mp3"), " ", "said", "fr", "en", 1.0)
-    says.answers |= {"fr0.mp3": "dit fr 0", "fr1.mp3": "dit de 1", "silent.mp3": "bla"}
-    scores = score_rows(None, [silent, *rows], tmp_path / "out.tsv", "asr")
-    assert says.calls == [("asr", "fr", "en", ["fr0.mp3", "fr1.mp3", "fr2.mp3"])]
+    assert rows_with_reference([silent, *rows], "asr") == rows
+    assert "1 fr clips have no transcript: left out" in capsys.readouterr().err
+    results = results_of(rows, "dit fr 0", "dit de 1", None)
+    scores = score_results(rows, results, tmp_path / "out.tsv", "asr")
     assert scores["wer"] == round(100 * (1 + 3) / 9, 2)
     assert (scores["n"], scores["failed"]) == (3, 1) and "bleu" not in scores
-    assert "1 fr clips have no transcript: left out" in capsys.readouterr().err
     assert [cells[1] for cells in read_table(tmp_path / "out.tsv")[1:]] == [
         row.sentence for row in rows
     ]
     with pytest.raises(ValueError, match="none of the 1 fr clips has a transcript"):
-        score_rows(None, [silent], task="asr")
+        rows_with_reference([silent], "asr")
 
 
-def test_transcripts_of_chinese_are_split_as_chinese_whatever_the_target(says):
+def test_transcripts_of_chinese_are_split_as_chinese_whatever_the_target():
     rows = [Row(Path("a.mp3"), "她喜欢喝茶。", "She likes tea.", "zh-CN", "en", 1.0)]
-    says.answers["a.mp3"] = "他喜欢喝茶"
-    assert score_rows(None, rows, task="asr")["wer"] == round(100 * 2 / 6, 2)
+    results = results_of(rows, "他喜欢喝茶")
+    assert score_results(rows, results, None, "asr")["wer"] == round(100 * 2 / 6, 2)
+
+
+def test_hypotheses_and_references_must_be_as_many():
+    with pytest.raises(ValueError):
+        error_rates(["one"], ["one", "two"], "en")
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, tmp_path, says):
-    """Runs translate.py --test with stand-ins for model and corpora. -> code, output, errors"""
+def command(monkeypatch, run_main, tmp_path, says):
+    """Run tools/evaluate.py with stand-ins for model and corpora. -> code, output, errors"""
     known = ("fr-en", "de-en", "es-en", "en-zh-CN", "en-de")
     model = SimpleNamespace(config=SimpleNamespace(directions=known))
-    monkeypatch.setattr(translate.LLaST, "from_pretrained", lambda *args: model)
-    monkeypatch.setattr(translate, "merge_lora", lambda model, for_good: None)
+    monkeypatch.setattr(evaluate, "load_model", lambda args: (model, args.model))
 
     def read_corpus(root, source, target):
         rows = [] if source == "es" else rows_of(source, target)
-        return {"train": [], "dev": [], "test": rows}, []
+        return {"train": [], "dev": [], "test": rows}
 
-    monkeypatch.setattr(translate, "read_corpus", read_corpus)
+    monkeypatch.setattr(evaluate, "read_splits", lambda *args: read_corpus(*args[:3]))
     says.answers |= {f"fr{i}.mp3": f"said in en {i} ." for i in range(3)}
     says.answers |= {"de0.mp3": "Said in en 0 .", "de2.mp3": "dit de 2"}
     says.answers |= {f"en{i}.mp3": f"dit en {i}" for i in range(3)}
 
-    def run(*arguments):
-        folder = ["--model", str(tmp_path)]
-        monkeypatch.setattr(sys, "argv", ["translate.py", *folder, *arguments])
-        code = translate.main()
-        out, err = capsys.readouterr()
-        return code, out.splitlines(), err
-
-    return run
+    return partial(run_main, evaluate, "--model", tmp_path)
 
 
 def test_one_direction_is_one_line(command, tmp_path):
@@ -288,7 +243,7 @@ def test_transcripts_are_those_of_the_direction_that_was_named(command, says, tm
 
 
 def test_json_is_an_object_for_each_direction(command):
-    code, lines, _ = command("--test", "fr,de", "--json", "--published")
+    code, lines, _ = command("--test", "fr,de", "--json")
     french, german = map(json.loads, lines)
     assert (french["direction"], french["task"], french["bleu"]) == ("fr-en", "st", 100)
     assert {"bleu", "bleu_lc", "chrf", "signature", "chrf_signature", "n", "failed"} <= set(german)
@@ -307,7 +262,7 @@ def test_a_tokenizer_that_is_missing_is_said_before_the_first_clip(
     command, says, without_mecab, monkeypatch
 ):
     model = SimpleNamespace(config=SimpleNamespace(directions=("fr-en", "en-ja")))
-    monkeypatch.setattr(translate.LLaST, "from_pretrained", lambda *args: model)
+    monkeypatch.setattr(evaluate, "load_model", lambda args: (model, args.model))
     code, _, err = command("--test", "fr,en-ja")
     assert (code, says.calls) == (2, []) and 'pip install "sacrebleu[ja]"' in err
 
@@ -315,8 +270,8 @@ def test_a_tokenizer_that_is_missing_is_said_before_the_first_clip(
 # ------------------------------------------------------------------------------- published numbers
 
 
-def test_published_scores_come_after_ones_own_with_their_caveats(command):
-    lines = command("--test", "fr,de,en-zh-CN", "--published")[1]
+def test_published_scores_come_after_ones_own_with_their_caveats(command, tmp_path):
+    lines = command("--test", "fr,de,en-zh-CN", "--data", str(tmp_path))[1]
     own = next(i for i, line in enumerate(lines) if line.startswith("average"))
     start = next(i for i, line in enumerate(lines) if line.startswith("published BLEU"))
     assert start > own
@@ -330,12 +285,14 @@ def test_published_scores_come_after_ones_own_with_their_caveats(command):
         assert words in caveat
 
 
-def test_published_scores_are_printed_on_request_and_where_there_are_some(command):
-    assert not any("Whisper" in line for line in command("--test", "fr")[1])
-    assert command("--test", "de", "--published")[1][-1] == translate.CAVEAT.splitlines()[-1]
-    assert not any("LLaST-14B" in line for line in command("--test", "de", "--published")[1])
-    lines = command("--test", "en-de", "--published")[1]
-    assert lines[1:] == ["no published BLEU at hand for en-de"]
+def test_published_scores_are_printed_only_where_they_can_be_compared(command, tmp_path):
+    other = ["--data", str(tmp_path)]
+    assert not any("Whisper" in line for line in command("--test", "fr")[1]), "embedded corpus"
+    assert command("--test", "de", *other)[1][-1] == evaluate.CAVEAT.splitlines()[-1]
+    assert not any("LLaST-14B" in line for line in command("--test", "de", *other)[1])
+    assert len(command("--test", "en-de", *other)[1]) == 1, "no published score"
+    lines = command("--test", "fr", "--task", "asr", *other)[1]
+    assert not any("published" in line for line in lines)
 
 
 def test_published_averages_are_those_of_the_table_they_are_quoted_from():
@@ -343,4 +300,55 @@ def test_published_averages_are_those_of_the_table_they_are_quoted_from():
         "Whisper-large-v2": 31.3, "SeamlessM4T-large-v2": 35.2, "LLaST-2B": 34.0, "LLaST-8B": 36.7,
     }  # fmt: skip
     for name, mean in means.items():
-        assert sum(translate.PUBLISHED[name]) / 6 == pytest.approx(mean, abs=0.051)
+        assert sum(evaluate.PUBLISHED[name]) / 6 == pytest.approx(mean, abs=0.051)
+
+
+# ------------------------------------------------------------------------ the command with a model
+
+
+def test_test_scores_the_test_set_and_writes_every_clip(run_main, quick, made, clips, tmp_path):
+    folder = tmp_path / "fr"
+    shutil.copytree(clips, folder / "clips")
+    rows = [("good0.wav", "un", "one", "test"), ("good1.wav", "deux", "two", "test")]
+    toys.write_corpus(tmp_path, rows)
+    code, lines, _ = run_main(evaluate, *quick, "--test", "fr", "--data", tmp_path)
+    assert code == 0 and lines[0].startswith("fr-en on 2 clips: BLEU ")
+    assert len((made / "trained" / "scored.st.fr-en.tsv").read_text().splitlines()) == 3
+    code, lines, _ = run_main(evaluate, *quick, "--test", "fr", "--task", "asr", "--data", tmp_path)
+    assert code == 0 and lines[0].startswith("fr on 2 clips: WER ")
+    assert "\tdeux\t" in (made / "trained" / "scored.asr.fr.tsv").read_text()
+
+    # Without --data it is the corpus of the training.
+    (made / "trained" / "run.json").write_text(json.dumps({"data": str(tmp_path)}))
+    code, lines, err = run_main(evaluate, *quick, "--test", "fr")
+    (made / "trained" / "run.json").unlink()
+    assert code == 0 and lines[0].startswith("fr-en on 2 clips: BLEU ")
+    assert f"corpus: {tmp_path}" in err
+
+
+def test_all_is_looked_up_before_the_first_clip_is_translated(
+    run_main, quick, made, clips, tmp_path, monkeypatch
+):
+    folder = tmp_path / "fr"
+    shutil.copytree(clips, folder / "clips")
+    rows = [("good0.wav", "un", "one", "test"), ("good1.wav", "deux", "", "test")]
+    toys.write_corpus(tmp_path, [*rows, ("gone.wav", "quatre", "four", "train")])
+    tests = [*quick, "--test", "fr", "--data", tmp_path]
+    code, _, err = run_main(evaluate, *tests)
+    assert code == 0, err
+    reports = [line for line in err.splitlines() if "cannot be used" in line]
+    assert len(reports) == 2, "the row of train does not matter here"
+    assert reports[0].startswith("cannot be used for test: ") and "empty translation" in reports[0]
+    assert reports[1] == "fr-en: 1 row of test cannot be used, see above"
+
+    monkeypatch.setattr(evaluate, "translate", None)
+    written = made / "trained" / "scored.st.fr-en.tsv"
+    assert written.read_text().count("\n") == 2, "what was there is still there"
+    written.unlink()
+    with pytest.raises(TypeError):  # where the first clip would be translated
+        run_main(evaluate, *tests)
+    assert not written.exists()
+    written.mkdir()
+    code, _, err = run_main(evaluate, *tests)
+    written.rmdir()
+    assert code == 2 and "Is a directory" in err and "scored.st.fr-en.tsv" in err

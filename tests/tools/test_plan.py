@@ -19,7 +19,7 @@ from llast import LLaST, LLaSTConfig
 from lora import merge_lora
 from tools import plan
 from tools.cost import encoder_flops
-from translate import beam_search
+from translate import SearchOptions, beam_search
 
 # Published by the paper's configurations: facts of the system, not of this code.
 COUNTS = {
@@ -214,7 +214,7 @@ def test_translating_takes_the_memory_that_is_planned(built, monkeypatch, window
     with torch.no_grad(), Live(model) as live:
         prompts = [model.splice(ids, heard) for heard in model.encode_speech(batch.audio)]
         # Without its inference mode, in which no tensor could be watched.
-        beam_search.__wrapped__(model.llm, prompts, [-1], beams, 1.0, plan.ANSWER)
+        beam_search.__wrapped__(model.llm, prompts, [-1], SearchOptions(beams, 1.0, plan.ANSWER))
     W, L = model.speech_encoder.config, model.llm.config
     states = W.max_source_positions if window == "30s" else S
     planned = plan.translation_bytes(settings, W, L, states, P - plan.ANSWER)
