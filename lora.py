@@ -1,9 +1,26 @@
-"""LoRA: train a low-rank change to a frozen linear layer.
+"""LoRA: train a low-rank change to a linear layer whose own weight is frozen.
 
-    y = W x + (alpha / r) B A dropout(x)        LoRA paper (2106.09685)
+                 x (..., in)
+           ┌──────────┴──────────┐
+           │                  dropout
+           │                     │
+      W (out, in)             A (R, in)      down to R numbers, starts random
+        frozen                   │
+           │                 B (out, R)      up to the width of the output, starts at zero
+           │                     │
+           │                × alpha / R
+           └──────────+──────────┘
+                y (..., out)                 y = W x + (alpha / R) B A dropout(x)
 
-A is (R, in), B is (out, R). B starts at zero, so a fresh LoRA changes nothing: tests/test_lora.py.
-LLaST puts one into the speech encoder and one into the LLM ("dual LoRA").
+Sizes: R rank of the change, much smaller than `in` and `out`.
+
+B starts at zero, so a fresh LoRA changes nothing and training starts from the published model. A
+must not be zero, too: the gradient of B contains A, and the gradient of A contains B, so with two
+zeros neither would ever change. B A x is a sum of R products; the factor alpha / R keeps the sum
+from growing with the rank, so a learning rate that is good for one rank is a good start for others.
+
+LLaST uses one LoRA in the speech encoder and one in the LLM ("dual LoRA").
+Paper: LoRA (2106.09685). Tests: tests/test_lora.py.
 """
 
 import math
@@ -14,18 +31,18 @@ from torch import Tensor, nn
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer that keeps its weight, its bias and their names, with A and B beside them."""
+    """A linear layer with A and B. Its weight and bias keep their values and names."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float):
-        nn.Module.__init__(self)  # nn.Linear's own would make a second weight
+        nn.Module.__init__(self)  # nn.Linear.__init__ would create a second weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        # Trained numbers stay in float32 even where the frozen weight is in half precision:
-        # a step of the optimizer is smaller than what half precision can tell apart.
+        # A and B are float32 even if the weight is in half precision: a step of the optimizer is
+        # often too small to change a number in half precision.
         device = linear.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as peft does
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # the same start as in peft
         self.scale = alpha / rank
         self.dropout = dropout
         self.merged = False
@@ -33,51 +50,54 @@ class LoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             return F.linear(x, self.weight, self.bias)
-        rows = x.flatten(0, -2)
-        y = F.linear(rows, self.weight, self.bias)
-        low = F.linear(F.dropout(rows, self.dropout, self.training), self.lora_A.to(x.dtype))
-        # In place: y is wide, and a product, a scaled copy and a sum would each pass over it.
+        rows = x.flatten(0, -2)  # (n, in)
+        y = F.linear(rows, self.weight, self.bias)  # (n, out)
+        rows = F.dropout(rows, self.dropout, self.training)  # (n, in)
+        low = F.linear(rows, self.lora_A.to(x.dtype))  # (n, R)
+        # addmm_ adds in place. y is large, and separate multiply, scale and add would each read
+        # and write all of it.
         y.addmm_(low, self.lora_B.to(y.dtype).T, alpha=self.scale)
         return y.unflatten(0, x.shape[:-1])
 
     @torch.no_grad()
     def fold(self, sign: int):
-        """Add the change to the weight (sign 1) or take it out again (-1)."""
-        change = sign * self.scale * (self.lora_B @ self.lora_A)
+        """Add the change to the weight (sign 1) or subtract it again (sign -1)."""
+        change = sign * self.scale * (self.lora_B @ self.lora_A)  # (out, in)
         self.weight.copy_(self.weight.float() + change)
         self.merged = sign > 0
 
 
 def add_lora(module: nn.Module, targets, rank: int, alpha: float, dropout: float) -> list[str]:
-    """Freeze `module`, then wrap each linear layer whose last name is in `targets`.
+    """Freeze `module` and replace each linear layer whose last name is in `targets`.
 
-    Returns the names of the wrapped layers; a target that names no linear layer is an error.
+    Returns the names of the replaced layers. A target that is not the name of a linear layer is an
+    error.
     """
     if lora_layers(module):
-        raise ValueError("this module has a LoRA already; a second one would replace it")
+        raise ValueError("this module already has a LoRA; a second one would replace it")
     module.requires_grad_(False)
-    wrapped = []
+    names = []
     for name, layer in list(module.named_modules()):
         parent, _, last = name.rpartition(".")
         if isinstance(layer, nn.Linear) and last in targets:
-            lora = LoRALinear(layer, rank, alpha, dropout)
-            setattr(module.get_submodule(parent), last, lora)
-            wrapped.append(name)
-    unused = set(targets) - {name.rpartition(".")[2] for name in wrapped}
+            setattr(module.get_submodule(parent), last, LoRALinear(layer, rank, alpha, dropout))
+            names.append(name)
+    unused = set(targets) - {name.rpartition(".")[2] for name in names}
     if unused:
-        raise ValueError(f"no linear layer is called {sorted(unused)}; LoRA would not be applied")
-    return wrapped
+        raise ValueError(f"no linear layer is called {sorted(unused)}; check the target names")
+    return names
 
 
 def lora_layers(module: nn.Module) -> list[LoRALinear]:
+    """Every layer of `module` that has a LoRA."""
     return [layer for layer in module.modules() if isinstance(layer, LoRALinear)]
 
 
 def merge_lora(module: nn.Module, for_good: bool = False):
-    """Fold every A and B into its weight: the same outputs, at the cost of a plain linear layer.
+    """Add every B A to its weight: the same outputs, as fast as without LoRA.
 
-    `for_good` lets go of A and B, which take gigabytes at the paper's ranks; such a model can be
-    neither unmerged nor saved.
+    `for_good` also deletes A and B, which take gigabytes at the ranks of the paper. After that the
+    model cannot be unmerged or saved.
     """
     for layer in lora_layers(module):
         if not layer.merged:
@@ -87,7 +107,7 @@ def merge_lora(module: nn.Module, for_good: bool = False):
 
 
 def unmerge_lora(module: nn.Module):
-    """Take every A and B out of its weight again, up to the rounding of the weight's precision."""
+    """Subtract every B A from its weight again. The weight is exact up to rounding."""
     for layer in lora_layers(module):
         if layer.merged:
             layer.fold(-1)

@@ -1,4 +1,4 @@
-"""LoRA changes nothing when fresh, only A and B when trained, and the same outputs when merged."""
+"""A fresh LoRA changes nothing, training changes only A and B, a merged LoRA gives equal outputs."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ CASES = {
 
 @pytest.fixture(params=CASES)
 def case(request):
-    """A filled base model, the names to wrap, an input."""
+    """A base model with made-up weights, the names of its layers that get a LoRA, and an input."""
     make, targets, x = CASES[request.param]
     model = make()
     fill(model)
@@ -36,7 +36,7 @@ def case(request):
 
 
 def add_trained_lora(model, targets, dropout=0.0):
-    """LoRA as it is after training: B is not zero any more."""
+    """Add a LoRA as it is after training: B is not zero."""
     add_lora(model, targets, R, ALPHA, dropout)
     with torch.no_grad():
         for i, layer in enumerate(lora_layers(model)):
@@ -48,7 +48,7 @@ def assert_close(ours, theirs):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
 
 
-# --------------------------------------------------------------------------------------- what it is
+# -------------------------------------------------------------------------------------- the formula
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def test_a_fresh_lora_changes_nothing(case):
 
 
 @pytest.mark.parametrize("bias", (True, False))
-def test_the_output_is_the_formula(bias):
+def test_the_output_equals_the_formula(bias):
     linear = torch.nn.Linear(6, 5, bias=bias)
     lora = LoRALinear(linear, R, ALPHA, dropout=0.0)
     lora.lora_B.data = made_up("B", (5, R))
@@ -71,7 +71,7 @@ def test_the_output_is_the_formula(bias):
     torch.testing.assert_close(lora(x), written_out, rtol=0, atol=1e-6)
 
 
-def test_dropout_acts_on_the_low_rank_path_in_training_only():
+def test_dropout_changes_only_the_low_rank_path_and_only_in_training():
     linear = torch.nn.Linear(64, 5)
     lora = LoRALinear(linear, R, ALPHA, dropout=0.5)
     lora.lora_B.data = made_up("B", (5, R), 1.0)
@@ -87,7 +87,7 @@ def test_dropout_acts_on_the_low_rank_path_in_training_only():
     assert not torch.allclose(dropped, whole, atol=1e-3)
 
 
-def test_wrapping_keeps_the_names_and_the_weights_of_the_base(case):
+def test_adding_a_lora_keeps_the_names_and_weights_of_the_base(case):
     model, targets, _ = case
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     names = add_lora(model, targets, R, ALPHA, dropout=0.0)
@@ -97,18 +97,18 @@ def test_wrapping_keeps_the_names_and_the_weights_of_the_base(case):
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_an_unknown_target_is_refused_by_name(case):
+def test_an_unknown_target_is_an_error_that_names_it(case):
     model, targets, _ = case
     with pytest.raises(ValueError, match=r"no linear layer is called \['q_project'\]"):
         add_lora(model, ("q_proj", "q_project"), R, ALPHA, dropout=0.0)
 
 
-def test_a_target_that_is_not_linear_is_refused_by_name():
+def test_a_target_that_is_not_linear_is_an_error_that_names_it():
     with pytest.raises(ValueError, match=r"no linear layer is called \['embed_tokens'\]"):
         add_lora(Llama(TOY), ("embed_tokens",), R, ALPHA, dropout=0.0)
 
 
-# ---------------------------------------------------------------------------------- what is trained
+# ----------------------------------------------------------------------------------------- training
 
 
 def test_only_a_and_b_are_trained(case):
@@ -136,16 +136,16 @@ def test_b_of_a_fresh_lora_gets_the_first_gradient(case):
     model(x).square().mean().backward()
     for layer in lora_layers(model):
         assert layer.lora_B.grad.any()
-        assert not layer.lora_A.grad.any()  # B is zero, so nothing reaches A yet
+        assert not layer.lora_A.grad.any()  # B is zero, so the gradient of A is zero
 
 
-def test_a_and_b_stay_in_float32_beside_a_half_precision_weight():
+def test_a_and_b_are_float32_when_the_weight_is_in_half_precision():
     lora = LoRALinear(torch.nn.Linear(6, 5, dtype=torch.bfloat16), R, ALPHA, dropout=0.0)
     assert lora.lora_A.dtype == lora.lora_B.dtype == torch.float32
     assert lora(torch.ones(2, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-# ------------------------------------------------------------------------------ merged and unmerged
+# ------------------------------------------------------------------------------ merge and unmerge
 
 
 @torch.no_grad()
@@ -162,7 +162,7 @@ def test_merged_lora_gives_the_same_outputs(case):
 
 
 @torch.no_grad()
-def test_merged_for_good_lora_lets_go_of_a_and_b(case):
+def test_merging_for_good_deletes_a_and_b(case):
     model, targets, x = case
     add_trained_lora(model, targets)
     unmerged = model(x)
@@ -171,17 +171,17 @@ def test_merged_for_good_lora_lets_go_of_a_and_b(case):
     assert not [name for name, _ in model.named_parameters() if "lora_" in name]
 
 
-def test_a_second_lora_is_refused_and_the_first_stays_as_it_was(case):
+def test_a_second_lora_is_an_error_and_the_first_is_unchanged(case):
     model, targets, _ = case
     add_trained_lora(model, targets)
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    with pytest.raises(ValueError, match="has a LoRA already"):
+    with pytest.raises(ValueError, match="already has a LoRA"):
         add_lora(model, targets, R, ALPHA, 0.0)
     assert trained == [name for name, p in model.named_parameters() if p.requires_grad] != []
 
 
 @torch.no_grad()
-def test_a_merged_layer_is_a_plain_linear_layer_with_another_weight():
+def test_a_merged_layer_is_a_linear_layer_with_a_changed_weight():
     linear = torch.nn.Linear(6, 5)
     before = linear.weight.clone()
     lora = LoRALinear(linear, R, ALPHA, dropout=0.0)
