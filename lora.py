@@ -50,9 +50,9 @@ class LoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             return F.linear(x, self.weight, self.bias)
-        rows = x.flatten(0, -2)  # (n, in)
-        y = F.linear(rows, self.weight, self.bias)  # (n, out)
-        rows = F.dropout(rows, self.dropout, self.training)  # (n, in)
+        rows = x.flatten(0, -2)  # (n, in_features)
+        y = F.linear(rows, self.weight, self.bias)  # (n, out_features)
+        rows = F.dropout(rows, self.dropout, self.training)  # (n, in_features)
         low = F.linear(rows, self.lora_A.to(x.dtype))  # (n, R)
         # addmm_ adds in place. y is large, and separate multiply, scale and add would each read
         # and write all of it.
@@ -62,7 +62,7 @@ class LoRALinear(nn.Linear):
     @torch.no_grad()
     def fold(self, sign: int):
         """Add the change to the weight (sign 1) or subtract it again (sign -1)."""
-        change = sign * self.scale * (self.lora_B @ self.lora_A)  # (out, in)
+        change = sign * self.scale * (self.lora_B @ self.lora_A)  # (out_features, in_features)
         self.weight.copy_(self.weight.float() + change)
         self.merged = sign > 0
 

@@ -1,4 +1,4 @@
-"""A fresh LoRA changes nothing, training changes only A and B, a merged LoRA gives equal outputs."""
+"""A fresh LoRA changes nothing, training changes only A and B, merging keeps the outputs."""
 
 import pytest
 import torch
@@ -145,7 +145,7 @@ def test_a_and_b_are_float32_when_the_weight_is_in_half_precision():
     assert lora(torch.ones(2, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-# ------------------------------------------------------------------------------ merge and unmerge
+# -------------------------------------------------------------------------------- merge and unmerge
 
 
 @torch.no_grad()
