@@ -34,17 +34,24 @@ TOP_LEVEL = {*(f"{name}.py" for name in SEVEN)} | set(
     "README.md LICENSE requirements.txt tests notebooks tools tiny benchmarks "
     ".ci .github .gitignore .pytest.ini .ruff.toml".split()
 )
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-TOOLS_README = (ROOT / "tools/README.md").read_text(encoding="utf-8")
+READMES = {
+    path: (ROOT / path).read_text(encoding="utf-8")
+    for path in ("README.md", "tools/README.md", "tiny/README.md", "benchmarks/README.md")
+}
+README = READMES["README.md"]
 
 
 def path_of(module: str) -> Path:
     return ROOT / f"{module.replace('.', '/')}.py"
 
 
+def text_of(module: str) -> str:
+    return path_of(module).read_text(encoding="utf-8")
+
+
 @lru_cache
 def tree_of(module: str) -> ast.Module:
-    return ast.parse(path_of(module).read_text(encoding="utf-8"))
+    return ast.parse(text_of(module))
 
 
 # ------------------------------------------------------------------------------------- code lines
@@ -71,7 +78,7 @@ def function_sizes() -> dict[str, int]:
     """Code lines of every function of the seven files."""
     sizes = {}
     for module in SEVEN:
-        code = code_lines(path_of(module).read_text(encoding="utf-8"))
+        code = code_lines(text_of(module))
         for node in ast.walk(tree_of(module)):
             if isinstance(node, ast.FunctionDef):
                 size = len(code & set(range(node.lineno, node.end_lineno + 1)))
@@ -87,12 +94,13 @@ def test_comments_docstrings_and_blank_lines_are_not_code_lines():
 
 @pytest.mark.parametrize("name", SEVEN)
 def test_a_file_keeps_its_limit_of_code_lines(name):
-    assert len(code_lines(path_of(name).read_text(encoding="utf-8"))) <= LIMITS[name]
+    size = len(code_lines(text_of(name)))
+    assert size <= LIMITS[name]
 
 
 def test_the_seven_files_have_at_most_2000_code_lines():
-    sizes = [len(code_lines(path_of(name).read_text(encoding="utf-8"))) for name in SEVEN]
-    assert sum(sizes) <= 2000
+    size = sum(len(code_lines(text_of(name))) for name in SEVEN)
+    assert size <= 2000
 
 
 def test_the_median_function_has_at_most_12_code_lines_and_none_more_than_45():
@@ -131,9 +139,8 @@ def test_a_file_imports_no_other_package(module):
 
 @pytest.mark.parametrize("name", TOOLS)
 def test_a_tool_puts_the_repository_first_on_the_path(name):
-    assert (
-        "sys.path.insert(0, str(Path(__file__).parents[1]))" in path_of(f"tools.{name}").read_text()
-    )
+    line = "sys.path.insert(0, str(Path(__file__).parents[1]))"
+    assert line in text_of(f"tools.{name}")
 
 
 def test_requirements_are_the_packages_with_exact_versions():
@@ -192,9 +199,9 @@ def parse(file: str, *words: str):
     return train.build_parser().parse_args(others)
 
 
-@pytest.mark.parametrize("text", [README, TOOLS_README], ids=["README.md", "tools/README.md"])
-def test_every_command_of_a_readme_is_valid(text):
-    commands = commands_in(text)
+@pytest.mark.parametrize("path", READMES)
+def test_every_command_of_a_readme_is_valid(path):
+    commands = commands_in(READMES[path])
     assert commands
     for file, *words in commands:
         assert (ROOT / file).is_file(), file
@@ -208,9 +215,9 @@ def test_every_command_of_a_readme_is_valid(text):
 
 @pytest.mark.parametrize("module", ORDER)
 def test_every_program_that_the_code_names_exists(module):
-    text = path_of(module).read_text(encoding="utf-8")
-    for file in set(re.findall(r"python ((?:\w+/)?\w+\.py)\b", text)):
-        assert '__name__ == "__main__"' in (ROOT / file).read_text(encoding="utf-8"), file
+    for file in set(re.findall(r"python ((?:\w+/)?\w+\.py)\b", text_of(module))):
+        is_program = '__name__ == "__main__"' in (ROOT / file).read_text(encoding="utf-8")
+        assert is_program, file
 
 
 def option_names(parser) -> set[str]:
@@ -229,15 +236,13 @@ def test_every_option_that_a_readme_names_exists():
         *(option_names(m.build_parser()) for m in modules if "cost" not in m.__name__)
     )
     known |= {"--exclude", "--local-dir", "--index-url"}  # of hf and of pip
-    for code in code_in(README) + code_in(TOOLS_README):
+    for code in (code for text in READMES.values() for code in code_in(text)):
         assert set(re.findall(r"(?<!\S)--[a-z][a-z-]+", code)) <= known, code
 
 
-@pytest.mark.parametrize("path", ["README.md", "tools/README.md"])
+@pytest.mark.parametrize("path", READMES)
 def test_every_link_inside_the_repository_leads_to_a_file(path):
-    text = (ROOT / path).read_text(encoding="utf-8")
-    links = re.findall(r"\]\(([^)#]+)|src(?:set)?=\"([^\"]+)\"", text)
-    for link in (a or b for a, b in links):
+    for link in re.findall(r"\]\(([^)#]+)", READMES[path]):
         assert "://" in link or ((ROOT / path).parent / link).exists(), link
 
 
