@@ -62,7 +62,7 @@ def test_the_plan_says_what_to_fetch_and_how(capsys):
 def test_the_readme_says_what_the_plan_says(capsys, preset):
     out = planned(capsys, preset)
     [total] = re.findall(r"^    all +([\d.]+)$", out, re.M)
-    readme = (Path(train.__file__).parent / "README.md").read_text()
+    readme = (Path(plan.__file__).parent / "README.md").read_text()
     [claimed] = re.findall(rf"^\| `{preset}` \|.*\| ([\d.]+) GB \| `python", readme, re.M)
     assert float(claimed) == pytest.approx(float(total), abs=0.051)
 
