@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import make_golden
 from llama import Llama, LlamaConfig, RMSNorm, Tokenizer, rotary_angles, rotate
 from make_golden import GOLDEN, LLAMAS, SMALL
-from toys import LLAMA, llama_folder, made_up
+from toys import FAULTS, LLAMA, llama_folder, made_up, peak_memory, shard
 
 TOY = LlamaConfig(**{name: (LLAMA | SMALL)[name] for name in LlamaConfig.__dataclass_fields__})
 
@@ -318,6 +320,105 @@ def test_half_precision_is_kept_from_the_file_to_the_logits(folder):
     llama = Llama.from_pretrained(folder, torch.bfloat16)
     assert {weight.dtype for weight in llama.parameters()} == {torch.bfloat16}
     assert llama(make_golden.ids()).dtype == torch.bfloat16
+
+
+def test_a_llama_in_shards_is_the_same(folder, llama, tmp_path):
+    sharded = Llama.from_pretrained(shard(shutil.copytree(folder, tmp_path / "llama")))
+    for name, tensor in llama.state_dict().items():
+        assert torch.equal(sharded.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("tied", (False, True))
+def test_one_faulty_tensor_is_refused_by_name(tmp_path, fault, tied):
+    broken = llama_folder(tmp_path / "llama", num_hidden_layers=1, tie_word_embeddings=tied)
+    weights = load_file(broken / "model.safetensors")
+    for name in weights:
+        spoilt = dict(weights)
+        FAULTS[fault](spoilt, name)
+        save_file(spoilt, broken / "model.safetensors")
+        # The head of a tied model has the same fault, and its name comes first.
+        first = "lm_head" if tied and fault != "unexpected" and "embed" in name else name
+        with pytest.raises(ValueError, match=rf"\d {fault}: {re.escape(first)}"):
+            Llama.from_pretrained(broken)
+
+
+def test_a_missing_shard_is_named(folder, tmp_path):
+    sharded = shard(shutil.copytree(folder, tmp_path / "llama"))
+    (sharded / "model-1.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model-1.safetensors"):
+        Llama.from_pretrained(sharded)
+
+
+def test_a_file_that_was_cut_short_is_named(folder, tmp_path):
+    cut = shutil.copytree(folder, tmp_path / "llama")
+    whole = (cut / "model.safetensors").read_bytes()
+    for keep in (0, 5, len(whole) // 2, len(whole) - 9):
+        (cut / "model.safetensors").write_bytes(whole[:keep])
+        with pytest.raises(ValueError, match="model.safetensors cannot be read"):
+            Llama.from_pretrained(cut)
+
+
+def test_another_file_of_weights_names_the_command_that_converts_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"convert.py .*llama {tmp_path} --out"):
+        Llama.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ("config.json", "model.safetensors.index.json"))
+def test_a_file_that_is_not_json_is_named(folder, tmp_path, name):
+    broken = shard(shutil.copytree(folder, tmp_path / "llama"))
+    (broken / name).write_text("<html>")
+    with pytest.raises(ValueError, match=f"llama/{name} is not JSON"):
+        Llama.from_pretrained(broken)
+
+
+PUBLISHED = {  # what their config.json says, as far as it shapes the computation
+    "TinyLlama-1.1B-Chat": (dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
+        num_attention_heads=32, num_key_value_heads=4, vocab_size=32000, rms_norm_eps=1e-5,
+        rope_theta=10000.0, max_position_embeddings=2048), 1_100_048_384),
+    "Llama-2-7b": (dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+        num_attention_heads=32, vocab_size=32000, rms_norm_eps=1e-5), 6_738_415_616),
+    "Llama-2-13b": (dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40,
+        num_attention_heads=40, num_key_value_heads=40, vocab_size=32000, rms_norm_eps=1e-5),
+        13_015_864_320),
+    "open_llama_3b": (dict(hidden_size=3200, intermediate_size=8640, num_hidden_layers=26,
+        num_attention_heads=32, vocab_size=32000, rms_norm_eps=1e-6), 3_426_473_600),
+    "Yi-6B": (dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=4, vocab_size=64000, rms_norm_eps=1e-5,
+        rope_theta=5e6), 6_061_035_520),
+    "EuroLLM-1.7B": (dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=24,
+        num_attention_heads=16, num_key_value_heads=8, vocab_size=128000, rms_norm_eps=1e-5,
+        rope_theta=10000.0, eos_token_id=4), 1_656_850_432),
+    "EuroLLM-9B": (dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=42,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, vocab_size=128000,
+        rms_norm_eps=1e-5, rope_theta=10000.0, eos_token_id=4), 9_152_319_488),
+    "TowerInstruct-7B": (dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=32, vocab_size=32007, rms_norm_eps=1e-5,
+        rope_theta=10000.0, eos_token_id=32005), 6_738_472_960),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_geometry_is_built_with_its_number_of_parameters(tmp_path, name):
+    config, n = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        llama = Llama(LlamaConfig.from_json(tmp_path / "config.json"))
+    assert sum(p.numel() for p in llama.parameters()) == n
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc on this system")
+def test_loading_never_holds_two_copies(tmp_path):
+    """From float32 files to bfloat16: the peak is little more than the bfloat16 weights."""
+    sizes = dict(num_hidden_layers=24, hidden_size=384, intermediate_size=1040, head_dim=64,
+                 num_key_value_heads=6, vocab_size=68)  # fmt: skip
+    big = shard(llama_folder(tmp_path / "big", **sizes))
+    Llama.from_pretrained(llama_folder(tmp_path / "warm"), torch.bfloat16)
+    with peak_memory() as peak:
+        llama = Llama.from_pretrained(big, torch.bfloat16)
+    size = sum(weight.nbytes for weight in llama.parameters())
+    largest = max(2 * weight.nbytes for weight in llama.parameters())
+    assert peak() < 1.25 * size + 4 * largest
 
 
 # ------------------------------------------------------------------------------------ the tokenizer

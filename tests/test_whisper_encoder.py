@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import make_golden
 from make_golden import FRAMES, GOLDEN, SHORT
-from toys import WHISPER, fill, made_up, tone, whisper_folder, write
+from toys import FAULTS, WHISPER, fill, made_up, shard, tone, whisper_folder, write
 from whisper_encoder import (
     MAX_SAMPLES,
     STEP,
@@ -340,3 +342,34 @@ def test_a_config_that_is_not_built_is_refused_by_name(tmp_path, change, message
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         WhisperConfig.from_json(tmp_path / "config.json")
+
+
+def test_a_whisper_in_shards_is_the_same(folder, tmp_path):
+    whole = WhisperEncoder.from_pretrained(folder)
+    sharded = WhisperEncoder.from_pretrained(shard(shutil.copytree(folder, tmp_path / "whisper")))
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(sharded.state_dict()[name], tensor), name
+
+
+def test_weights_have_the_precision_that_the_caller_names(folder):
+    encoder = WhisperEncoder.from_pretrained(folder, torch.bfloat16)
+    assert {p.dtype for p in encoder.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_one_faulty_tensor_is_refused_by_name(tmp_path, fault):
+    broken = whisper_folder(tmp_path / "whisper", encoder_layers=1, max_source_positions=8)
+    weights = load_file(broken / "model.safetensors")
+    for name in [name for name in weights if ".encoder." in name]:
+        spoilt = dict(weights)
+        FAULTS[fault](spoilt, name)
+        save_file(spoilt, broken / "model.safetensors")
+        ours = re.escape(name.removeprefix("model.encoder."))
+        with pytest.raises(ValueError, match=f"1 {fault}: {ours}"):
+            WhisperEncoder.from_pretrained(broken)
+
+
+def test_another_file_of_weights_names_the_command_that_converts_it(tmp_path):
+    for path in (tmp_path, tmp_path / "tiny.pt"):
+        with pytest.raises(FileNotFoundError, match=f"tools/convert.py whisper.* {path} --out"):
+            WhisperEncoder.from_pretrained(path)

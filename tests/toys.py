@@ -2,13 +2,16 @@
 
 import json
 import shutil
+import threading
+import time
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from data import write_table
 from llama import Llama, LlamaConfig
@@ -86,6 +89,55 @@ def save_model(made: Path, folder: Path, directions=("fr-en",)):
 
 def good(clips: Path) -> list[Path]:
     return sorted(clips.glob("good*.wav"), reverse=True)  # not in the order of their lengths
+
+
+def shard(folder: Path, save=save_file, stem: str = "model", suffix: str = "safetensors") -> Path:
+    """Divide the model.safetensors of a folder into two files and their index."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    half = len(names) // 2
+    file_of = {}
+    for i, part in enumerate((names[:half], names[half:])):
+        save({name: weights[name] for name in part}, folder / f"{stem}-{i}.{suffix}")
+        file_of |= dict.fromkeys(part, f"{stem}-{i}.{suffix}")
+    index = json.dumps({"weight_map": file_of})
+    (folder / f"{stem}.{suffix}.index.json").write_text(index)
+    return folder
+
+
+# Ways to spoil one tensor of a weight file, by name.
+FAULTS = {
+    "missing": lambda weights, name: weights.pop(name),
+    "unexpected": lambda weights, name: weights.update({f"{name}_extra": torch.ones(3)}),
+    "of another shape": lambda weights, name: weights.update({name: weights[name][:-1].clone()}),
+}
+
+
+def resident() -> int:
+    """Bytes of memory of this process, without those of mapped files. Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = dict(line.split(":") for line in lines if line.startswith("Rss"))
+    return int(fields["RssAnon"].split()[0]) * 1024
+
+
+@contextmanager
+def peak_memory():
+    """Measure a block. The value is a function: bytes at the peak above those at the start."""
+    peak, stop = [start := resident()], threading.Event()
+
+    def watch():
+        while not stop.is_set():
+            peak.append(resident())
+            time.sleep(0.0005)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield lambda: max(peak) - start
+    finally:
+        stop.set()
+        watcher.join()
 
 
 def tone(hertz: float, rate: int, seconds: float = 0.2) -> np.ndarray:

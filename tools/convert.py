@@ -135,10 +135,9 @@ def convert(source: Path, out: Path, model: type[WhisperEncoder] | type[Llama]):
             config, tensors = (read_openai if model is WhisperEncoder else read_meta)(source)
         if source.is_dir():
             copy_other_files(source, partial)
-        if model is Llama and not (source / "tokenizer.model").is_file():
-            shutil.copy(
-                source.parent / "tokenizer.model", partial
-            )  # where Meta's downloads have it
+        tokenizer = source.parent / "tokenizer.model"  # where Meta's downloads have it
+        if model is Llama and tokenizer.is_file() and not (partial / tokenizer.name).exists():
+            shutil.copy(tokenizer, partial)
         write_json(config, partial / "config.json")
         save_weights(tensors, partial)
         try:
@@ -193,6 +192,7 @@ def read_openai(file: Path) -> tuple[dict, Iterator[tuple[str, Tensor]]]:
             f"model_state_dict, but it holds {sorted(map(str, stored))[:5]}"
         )
     dims = stored["dims"]
+    end = 50257 if dims["n_vocab"] >= 51865 else 50256  # <|endoftext|>; English-only has one less
     config = {
         "model_type": "whisper",
         "architectures": ["WhisperForConditionalGeneration"],
@@ -201,6 +201,8 @@ def read_openai(file: Path) -> tuple[dict, Iterator[tuple[str, Tensor]]]:
         "vocab_size": dims["n_vocab"],
         "max_source_positions": dims["n_audio_ctx"],
         "max_target_positions": dims["n_text_ctx"],
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end),
+        "decoder_start_token_id": end + 1,
     }
     for part, size in (("encoder", "audio"), ("decoder", "text")):
         config[f"{part}_layers"] = dims[f"n_{size}_layer"]

@@ -1,6 +1,7 @@
 """What was trained goes to transformers and peft and back, and comes in from the original."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,12 @@ from safetensors.torch import load_file, save_file
 import llast
 import toys
 from data import AUDIO_ID
+from llama import Llama, rotary_angles, rotate
 from llast import LLaST, LLaSTConfig
 from tools import convert
 from tools.convert import export, read_peft
 from translate import beam_search
+from whisper_encoder import WhisperEncoder
 
 EOS = 2
 
@@ -50,6 +53,401 @@ def assert_close(ours, theirs):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
 
 
+MEL = toys.made_up("mel", (2, toys.WHISPER["num_mel_bins"], 100), 1.0)
+IDS = torch.tensor([[1, 66, 5, 5, 17, 300, 1000], [1, 8, 33, 3, 60, 61, 62]])
+
+
+def new_transformers_whisper(**sizes):
+    """Random weights of transformers' own model, with a decoder."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.WhisperConfig(
+        **toys.WHISPER | sizes, decoder_layers=1, decoder_attention_heads=3, decoder_ffn_dim=96,
+        vocab_size=70, max_target_positions=9, pad_token_id=0, eos_token_id=2, bos_token_id=1,
+        decoder_start_token_id=1,
+    )  # fmt: skip
+    return transformers.WhisperForConditionalGeneration(config)
+
+
+# ------------------------------------------------------------------------------- formats of weights
+
+SMALL = dict(encoder_layers=1, max_source_positions=8, encoder_ffn_dim=96)  # 4 times d_model
+WHISPER_SIZES = {"80 mels": SMALL, "128 mels": SMALL | {"num_mel_bins": 128}}
+ONE_LAYER = dict(num_hidden_layers=1, intermediate_size=104, vocab_size=68)
+LLAMA_SIZES = {
+    "MHA": ONE_LAYER | {"num_key_value_heads": 6},
+    "GQA": ONE_LAYER | {"num_key_value_heads": 2},
+    "tied": ONE_LAYER | {"tie_word_embeddings": True},
+}
+
+
+def write_bin(weights: dict, folder: Path, config: dict, shards: int) -> Path:
+    """A Hugging Face folder with pytorch_model.bin, whole or in two shards."""
+    (folder / "config.json").write_text(json.dumps(config))
+    if shards == 1:
+        torch.save(weights, folder / "pytorch_model.bin")
+        return folder
+    save_file(weights, folder / "model.safetensors")
+    return toys.shard(folder, torch.save, "pytorch_model", "bin")
+
+
+def write_openai(weights: dict, folder: Path, config: dict) -> Path:
+    """OpenAI's file. Its names are written here a second time."""
+    theirs = {
+        r"model\.": "",
+        r"layers\.(\d+)\.": r"blocks.\1.",
+        r"encoder_attn_layer_norm": "cross_attn_ln",
+        r"encoder_attn\.": "cross_attn.",
+        r"self_attn_layer_norm": "attn_ln",
+        r"self_attn\.": "attn.",
+        r"q_proj": "query",
+        r"k_proj": "key",
+        r"v_proj": "value",
+        r"out_proj": "out",
+        r"fc1": "mlp.0",
+        r"fc2": "mlp.2",
+        r"final_layer_norm": "mlp_ln",
+        r"encoder\.layer_norm": "encoder.ln_post",
+        r"decoder\.layer_norm": "decoder.ln",
+        r"embed_tokens": "token_embedding",
+        r"embed_positions\.weight": "positional_embedding",
+    }
+    state = {}
+    for name, tensor in weights.items():
+        for ours, other in theirs.items():
+            name = re.sub(ours, other, name)
+        state[name] = tensor
+    state.pop("proj_out.weight", None)  # the same as token_embedding
+    dims = dict(
+        n_mels=config["num_mel_bins"], n_audio_ctx=config["max_source_positions"],
+        n_audio_state=config["d_model"], n_audio_head=config["encoder_attention_heads"],
+        n_audio_layer=config["encoder_layers"], n_vocab=70, n_text_ctx=9, n_text_state=24,
+        n_text_head=3, n_text_layer=1,
+    )  # fmt: skip
+    torch.save({"dims": dims, "model_state_dict": state}, folder / "small.pt")
+    return folder / "small.pt"
+
+
+META = {  # name in a layer: Meta's name, and how its files are cut
+    "self_attn.q_proj": ("attention.wq", 0), "self_attn.k_proj": ("attention.wk", 0),
+    "self_attn.v_proj": ("attention.wv", 0), "self_attn.o_proj": ("attention.wo", 1),
+    "mlp.gate_proj": ("feed_forward.w1", 0), "mlp.up_proj": ("feed_forward.w3", 0),
+    "mlp.down_proj": ("feed_forward.w2", 1), "input_layernorm": ("attention_norm", None),
+    "post_attention_layernorm": ("ffn_norm", None), "model.embed_tokens": ("tok_embeddings", 1),
+    "model.norm": ("norm", None), "lm_head": ("output", 0),
+}  # fmt: skip
+
+
+def to_meta(name: str, tensor, Dh: int):
+    """Name, tensor with Meta's pairing of rotary dimensions, and the dimension to cut."""
+    layer, last = re.fullmatch(r"(?:model\.(layers\.\d+\.))?(.*?)(?:\.weight)?", name).groups()
+    if last not in META:
+        return name, tensor, None
+    theirs, dim = META[last]
+    if last in ("self_attn.q_proj", "self_attn.k_proj") and len(tensor) % Dh == 0:
+        halves = tensor.reshape(-1, 2, Dh // 2, tensor.shape[-1])
+        tensor = halves.transpose(1, 2).reshape(tensor.shape)
+    return f"{layer or ''}{theirs}.weight", tensor, dim
+
+
+def write_meta(weights: dict, folder: Path, config: dict, shards: int) -> Path:
+    """Meta's folder: params.json and one consolidated file or two."""
+    parts = [{"rope.freqs": torch.ones(3)} for _ in range(shards)]
+    for name, tensor in weights.items():
+        theirs, tensor, dim = to_meta(name, tensor, config["head_dim"])
+        pieces = [tensor] * shards if dim is None else tensor.tensor_split(shards, dim)
+        for part, piece in zip(parts, pieces, strict=True):
+            part[theirs] = piece.clone()
+    for i, part in enumerate(parts):
+        torch.save(part, folder / f"consolidated.{i:02}.pth")
+    params = dict(
+        dim=config["hidden_size"], n_layers=config["num_hidden_layers"], vocab_size=-1,
+        n_heads=config["num_attention_heads"], n_kv_heads=config["num_key_value_heads"],
+        norm_eps=config["rms_norm_eps"], multiple_of=104,
+    )  # fmt: skip
+    (folder / "params.json").write_text(json.dumps(params))
+    return folder
+
+
+WHISPER_FORMATS = {
+    "bin, 1": lambda *args: write_bin(*args, shards=1),
+    "bin, 2": lambda *args: write_bin(*args, shards=2),
+    "openai": write_openai,
+}
+LLAMA_FORMATS = {
+    "bin, 1": lambda *args: write_bin(*args, shards=1),
+    "bin, 2": lambda *args: write_bin(*args, shards=2),
+    "meta, 1": lambda *args: write_meta(*args, shards=1),
+    "meta, 2": lambda *args: write_meta(*args, shards=2),
+}
+
+
+def config_of(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+def read(folder: Path) -> tuple[dict, dict]:
+    return load_file(folder / "model.safetensors"), config_of(folder)
+
+
+def write_source(folder: Path, format: str, weights: dict, config: dict, kind=Llama) -> Path:
+    folder.mkdir(parents=True)
+    formats = LLAMA_FORMATS if kind is Llama else WHISPER_FORMATS
+    return formats[format](weights, folder, config)
+
+
+def formats_and_sizes(formats, sizes):
+    """Meta's files have no tied embeddings."""
+    return [(a, b) for a in formats for b in sizes if not (a.startswith("meta") and b == "tied")]
+
+
+@pytest.mark.parametrize(("format", "size"), formats_and_sizes(WHISPER_FORMATS, WHISPER_SIZES))
+def test_a_whisper_is_the_same_from_every_format(tmp_path, format, size):
+    weights, config = read(toys.whisper_folder(tmp_path / "original", **WHISPER_SIZES[size]))
+    source = write_source(tmp_path / "source", format, weights, config, WhisperEncoder)
+    convert.convert(source, tmp_path / "out", WhisperEncoder)
+    encoder = WhisperEncoder.from_pretrained(tmp_path / "out")
+    assert encoder.config == WhisperEncoder.from_pretrained(tmp_path / "original").config
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(tensor, weights[f"model.encoder.{name}"]), name
+
+
+@pytest.mark.parametrize(("format", "size"), formats_and_sizes(LLAMA_FORMATS, LLAMA_SIZES))
+def test_a_llama_is_the_same_from_every_format(tmp_path, format, size):
+    weights, config = read(toys.llama_folder(tmp_path / "original", **LLAMA_SIZES[size]))
+    source = write_source(tmp_path / "source", format, weights, config)
+    (tmp_path / "tokenizer.model").write_bytes(b"a file of sentencepiece")
+    convert.convert(source, tmp_path / "out", Llama)
+    assert Llama.from_pretrained(tmp_path / "out").config == (
+        Llama.from_pretrained(tmp_path / "original").config
+    )
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == weights.keys()
+    assert all(torch.equal(written[name], weights[name]) for name in weights)
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"a file of sentencepiece"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("format", WHISPER_FORMATS)
+def test_transformers_reads_a_converted_whisper(tmp_path, format):
+    transformers = pytest.importorskip("transformers")
+    theirs = new_transformers_whisper(**SMALL)
+    theirs.save_pretrained(tmp_path / "original")
+    weights, config = read(tmp_path / "original")
+    source = write_source(tmp_path / "source", format, weights, config, WhisperEncoder)
+    convert.convert(source, tmp_path / "out", WhisperEncoder)
+    changed = config_of(tmp_path / "out") | {"pad_token_id": 0}  # the toy has no id 50257
+    (tmp_path / "out" / "config.json").write_text(json.dumps(changed))
+    ours, faults = transformers.WhisperForConditionalGeneration.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(faults.values()), faults
+    mel, ids = MEL[..., :16], torch.tensor([[1, 5], [1, 6]])
+    expected = theirs.eval()(mel, decoder_input_ids=ids).logits
+    assert_close(ours.eval()(mel, decoder_input_ids=ids).logits, expected)
+    states = WhisperEncoder.from_pretrained(tmp_path / "out")(mel)
+    assert_close(states, theirs.model.encoder(mel).last_hidden_state)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("format", "size"), formats_and_sizes(LLAMA_FORMATS, LLAMA_SIZES))
+def test_transformers_reads_a_converted_llama(tmp_path, format, size):
+    transformers = pytest.importorskip("transformers")
+    weights, config = read(toys.llama_folder(tmp_path / "original", **LLAMA_SIZES[size]))
+    source = write_source(tmp_path / "source", format, weights, config)
+    convert.convert(source, tmp_path / "out", Llama)
+    theirs, faults = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(faults.values()), faults
+    ids = torch.arange(1, 40)[None]
+    expected = Llama.from_pretrained(tmp_path / "original")(ids)
+    assert_close(theirs.eval()(ids).logits, expected)
+
+
+def test_reordered_rows_of_meta_score_as_with_metas_own_rotation():
+    """Meta rotates neighbours together. The reordered rows, rotated by llama.py, score the same."""
+    Dh, T = 8, 5
+    weight, x = toys.made_up("q", (Dh, 12)), toys.made_up("x", (T, 12), 1.0)
+    name, reordered = convert.join_meta(
+        "layers.0.attention.wq.weight", [{"layers.0.attention.wq.weight": weight}], Dh
+    )
+    assert name == "model.layers.0.self_attn.q_proj.weight"
+    pair = torch.view_as_complex((x @ weight.T).reshape(T, Dh // 2, 2))
+    angle = torch.arange(T)[:, None] * 10_000.0 ** (-torch.arange(0, Dh, 2) / Dh)
+    theirs = torch.view_as_real(pair * torch.polar(torch.ones_like(angle), angle)).flatten(1)
+    cos, sin = rotary_angles(torch.arange(T)[None], Dh, 10_000.0)
+    ours = rotate((x @ reordered.T)[None, None], cos, sin)[0, 0]
+    torch.testing.assert_close(ours @ ours.T, theirs @ theirs.T, rtol=1e-4, atol=1e-4)
+
+
+def test_the_command_converts_and_keeps_the_precision(tmp_path, monkeypatch, capsys):
+    weights, config = read(toys.llama_folder(tmp_path / "original", **ONE_LAYER))
+    weights = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    source = write_source(tmp_path / "source", "meta, 2", weights, config)
+    monkeypatch.setattr(convert, "SHARD_BYTES", 10_000)
+    assert command(monkeypatch, "llama", source, "--out", tmp_path / "new" / "out") == 0
+    assert "config.json, model-00001.safetensors, model-00002" in capsys.readouterr().out
+    llama = Llama.from_pretrained(tmp_path / "new" / "out", torch.bfloat16)
+    for name, tensor in llama.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+    written = load_file(tmp_path / "new" / "out" / "model-00001.safetensors")
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+    files = list((tmp_path / "new" / "out").iterdir())
+    assert len({file.stat().st_mode for file in files}) == 1  # who reads one may read all
+
+
+def test_tied_tensors_of_a_bin_file_are_each_written(tmp_path):
+    weights, config = read(toys.whisper_folder(tmp_path / "original", **SMALL))
+    weights["proj_out.weight"] = weights["model.encoder.layer_norm.weight"]  # one memory for both
+    source = write_source(tmp_path / "source", "bin, 1", weights, config, WhisperEncoder)
+    convert.convert(source, tmp_path / "out", WhisperEncoder)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(written["proj_out.weight"], weights["proj_out.weight"])
+
+
+def refusal(source: Path, kind=Llama) -> str:
+    """The message with which a source is refused. Nothing is written."""
+    out = source.parent / "out"
+    with pytest.raises((ValueError, OSError)) as error:
+        convert.convert(source, out, kind)
+    assert not [file for file in source.parent.iterdir() if "out" in file.name]
+    return str(error.value)
+
+
+@pytest.mark.parametrize("fault", toys.FAULTS)
+@pytest.mark.parametrize("format", WHISPER_FORMATS)
+def test_one_faulty_tensor_of_a_whisper_is_refused_by_name(tmp_path, format, fault):
+    weights, config = read(toys.whisper_folder(tmp_path / "original", **SMALL))
+    for i, name in enumerate(name for name in weights if ".encoder." in name):
+        spoilt = dict(weights)
+        toys.FAULTS[fault](spoilt, name)
+        source = write_source(tmp_path / f"source{i}", format, spoilt, config, WhisperEncoder)
+        message = refusal(source, WhisperEncoder)
+        assert f"1 {fault}: {name.removeprefix('model.encoder.')}" in message
+        assert f"the weights in {source} do not fit" in message
+
+
+@pytest.mark.parametrize("fault", toys.FAULTS)
+@pytest.mark.parametrize("format", LLAMA_FORMATS)
+def test_one_faulty_tensor_of_a_llama_is_refused_by_name(tmp_path, format, fault):
+    weights, config = read(toys.llama_folder(tmp_path / "original", **LLAMA_SIZES["GQA"]))
+    for i, name in enumerate(weights):
+        spoilt = dict(weights)
+        toys.FAULTS[fault](spoilt, name)
+        message = refusal(write_source(tmp_path / f"source{i}", format, spoilt, config))
+        # Meta's folder has no vocab_size, and two files of it are compared with each other first.
+        if not format.startswith("meta") or ("embed_tokens" not in name and "2" not in format):
+            assert f"1 {fault}: {name}" in message
+
+
+@pytest.mark.parametrize("fault", toys.FAULTS)
+def test_one_file_of_two_with_a_faulty_tensor_is_refused(tmp_path, fault):
+    """Norms are the same in both of Meta's files, so a fault in one of them is easy to miss."""
+    weights, config = read(toys.llama_folder(tmp_path / "original", **LLAMA_SIZES["GQA"]))
+    for name in ("norm.weight", "layers.0.attention.wq.weight", "output.weight"):
+        for part in range(2):
+            source = write_source(
+                tmp_path / f"{part} of {name}" / "source", "meta, 2", weights, config
+            )
+            stored = torch.load(source / f"consolidated.0{part}.pth", weights_only=True)
+            toys.FAULTS[fault](stored, name)
+            torch.save(stored, source / f"consolidated.0{part}.pth")
+            message = refusal(source)
+            assert "do not belong together" in message and name in message
+
+
+@pytest.mark.parametrize("format", ("bin, 2", "meta, 2"))
+def test_a_missing_shard_is_named(tmp_path, format):
+    weights, config = read(toys.llama_folder(tmp_path / "original", **LLAMA_SIZES["GQA"]))
+    source = write_source(tmp_path / "source", format, weights, config)
+    first = sorted(p for p in source.iterdir() if p.suffix in (".bin", ".pth"))[0]
+    first.unlink()
+    assert first.name in refusal(source)
+
+
+@pytest.mark.parametrize("format", ("bin, 1", "meta, 1"))
+def test_a_pickle_that_was_cut_short_is_named(tmp_path, format):
+    weights, config = read(toys.llama_folder(tmp_path / "original", **LLAMA_SIZES["GQA"]))
+    source = write_source(tmp_path / "source", format, weights, config)
+    file = next(p for p in source.iterdir() if p.suffix in (".bin", ".pth"))
+    whole = file.read_bytes()
+    for keep in (0, 5, len(whole) // 2, len(whole) - 9):
+        file.write_bytes(whole[:keep])
+        assert f"{file.name} cannot be read" in refusal(source)
+
+
+class Command:
+    """A hostile pickle: it names a function that is called when the file is opened."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def as_source(value, file: Path) -> Path:
+    """Save a value as the weight file of a source, whose format follows from the file's name."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(value, file)
+    if file.suffix == ".pt":
+        return file
+    (file.parent / ("config.json" if file.suffix == ".bin" else "params.json")).write_text("{}")
+    return file.parent
+
+
+PICKLES = {"pytorch_model.bin": Llama, "small.pt": WhisperEncoder, "consolidated.00.pth": Llama}
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_code_in_a_weight_file_is_not_run(tmp_path, name):
+    value = {"model.norm.weight": Command(tmp_path / "ran")}
+    message = refusal(as_source(value, tmp_path / "source" / name), PICKLES[name])
+    assert f"{name} contains Python objects other than tensors" in message
+    assert "weights_only" not in message  # torch's advice would run the code
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_source_without_weights_is_refused(tmp_path):
+    (tmp_path / "source").mkdir()
+    assert "neither params.json nor config.json" in refusal(tmp_path / "source")
+    assert "name OpenAI's .pt file, or a folder" in refusal(tmp_path / "source", WhisperEncoder)
+    (tmp_path / "source" / "config.json").write_text("{}")
+    assert "has config.json, but not ['pytorch_model.bin']" in refusal(tmp_path / "source")
+
+
+def test_another_pt_file_is_not_a_whisper(tmp_path):
+    source = as_source({"state_dict": {}}, tmp_path / "other.pt")
+    assert "it must hold dims and model_state_dict, but it holds ['state_dict']" in refusal(
+        source, WhisperEncoder
+    )
+
+
+def test_metas_scaled_rotation_is_refused(tmp_path):
+    source = as_source({}, tmp_path / "source" / "consolidated.00.pth")
+    (source / "params.json").write_text(json.dumps({"use_scaled_rope": True}))
+    assert "asks for use_scaled_rope, which is not built here" in refusal(source)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc on this system")
+@pytest.mark.parametrize("format", ("bin, 2", "meta, 2"))
+def test_converting_never_holds_two_copies(tmp_path, monkeypatch, format):
+    """The peak is near one copy in bfloat16, which the check after writing loads."""
+    sizes = ONE_LAYER | dict(num_hidden_layers=24, hidden_size=384, intermediate_size=1040,
+                             head_dim=64, num_key_value_heads=6)  # fmt: skip
+    weights, config = read(toys.llama_folder(tmp_path / "original", **sizes))
+    source = write_source(tmp_path / "source", format, weights, config)
+    size = sum(2 * tensor.numel() for tensor in weights.values())
+    largest = max(4 * tensor.numel() for tensor in weights.values())
+    del weights
+    monkeypatch.setattr(convert, "SHARD_BYTES", size // 4)
+    with toys.peak_memory() as peak:
+        convert.convert(source, tmp_path / "out", Llama)
+    assert peak() < 1.25 * size + 4 * largest
+
+
 # --------------------------------------------------------------------------- transformers and peft
 
 
@@ -57,25 +455,13 @@ def assert_close(ours, theirs):
 def published(tmp_path):
     """Random weights as transformers itself saves them, Whisper's decoder included."""
     transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes = toys.WHISPER | {"max_source_positions": 50}
-    whisper = transformers.WhisperForConditionalGeneration(
-        transformers.WhisperConfig(
-            **sizes, decoder_layers=1, decoder_attention_heads=3, decoder_ffn_dim=40,
-            vocab_size=70, max_target_positions=9, pad_token_id=0, eos_token_id=2, bos_token_id=1,
-            decoder_start_token_id=1,
-        )
-    )  # fmt: skip
+    whisper = new_transformers_whisper(max_source_positions=50)
     whisper.save_pretrained(tmp_path / "whisper")
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**toys.LLAMA))
     llama.save_pretrained(tmp_path / "llama")
     tokenizer = (toys.TINY / "llama" / "tokenizer.model").read_bytes()
     (tmp_path / "llama" / "tokenizer.model").write_bytes(tokenizer)
     return tmp_path
-
-
-MEL = toys.made_up("mel", (2, toys.WHISPER["num_mel_bins"], 100), 1.0)
-IDS = torch.tensor([[1, 66, 5, 5, 17, 300, 1000], [1, 8, 33, 3, 60, 61, 62]])
 
 
 @torch.no_grad()
@@ -113,6 +499,10 @@ def test_the_merged_folders_compute_the_same_in_transformers(published):
         assert (row[: row.index(EOS)] if EOS in row else row) == best.ids
 
 
+PEFT_WARNS = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
+@PEFT_WARNS
 @torch.no_grad()
 def test_the_adapters_compute_the_same_in_peft(published):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
@@ -127,6 +517,7 @@ def test_the_adapters_compute_the_same_in_peft(published):
     assert_close(llama.eval()(IDS).logits, logits)
 
 
+@PEFT_WARNS
 @torch.no_grad()
 def test_an_adapter_written_by_peft_is_read(published):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
