@@ -18,7 +18,7 @@ from llama import Llama, rotary_angles, rotate
 from llast import LLaST, LLaSTConfig
 from tools import convert
 from tools.convert import export, read_peft
-from translate import beam_search
+from translate import SearchOptions, beam_search
 from whisper_encoder import WhisperEncoder
 
 EOS = 2
@@ -470,7 +470,7 @@ def test_the_merged_folders_compute_the_same_in_transformers(published):
     model = trained_model(published)
     states, logits = model.speech_encoder(MEL), model.llm(IDS)
     prompts = list(model.llm.embed(IDS))
-    answers = beam_search(model.llm, prompts, [EOS], beams=1, max_new_tokens=8)
+    answers = beam_search(model.llm, prompts, [EOS], SearchOptions(beams=1, max_new_tokens=8))
     export(model, published / "out")
     assert_close(model.speech_encoder(MEL), states)  # merged by now
     assert_close(model.llm(IDS), logits)
