@@ -1,11 +1,24 @@
-"""From files to batches: audio, corpora, prompts, ASR-augmented sampling.
+"""From a corpus folder to batches.
 
-    corpus folder -> rows -> examples (translate / transcribe) -> batches of waveforms and token ids
+    clips and a table -> rows -> examples (translate or transcribe) -> ids and labels -> batches
 
-Audio of any rate and channel count becomes 16 kHz mono. A corpus has the layout of Common Voice 4
-with CoVoST-2 (2007.10310) beside it; `python data.py prepare -h` brings others into it.
-`prompt_for` is the only place where a prompt is made, for training and for use alike. To see rows
-and labels drawn: tests/test_data.py.
+A corpus is a folder of clips, corpus/fr/clips/, and a table with tabs between its cells,
+corpus/fr/fr-en.tsv. You can write the table in a text editor or a spreadsheet. Seconds may be
+missing: then the clip is opened to measure it. Other columns are ignored.
+
+    path         sentence            translation               split    seconds
+    a.wav        Le chat dort.       The cat sleeps.           train    1.48
+    far/b.mp3    « Oui », dit-il.    "He said ""yes"" to me."    dev
+
+One row of a batch. It is drawn with words instead of ids; "-" is IGNORE:
+
+    ids      <s>  [INST]  AUDIO_ID  Please translate ... [/INST]  The  cat  sleeps  .  </s>
+    labels   -    -       -         -                             The  cat  sleeps  .  </s>
+
+The LLM gets the speech in the place of AUDIO_ID. `prompt_for` is the only function that makes a
+prompt, for training and for translation.
+
+Sizes: B rows, N samples of a clip, T ids.
 """
 
 import csv
@@ -17,16 +30,20 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from whisper_encoder import MAX_SECONDS, SAMPLE_RATE, AudioError, audio_seconds, load_audio
-
-STATES_PER_SECOND = 50  # what Whisper's encoder makes of a second
+from whisper_encoder import (
+    MAX_SECONDS,
+    SAMPLE_RATE,
+    AudioError,
+    audio_seconds,
+    load_audio,
+    n_states,
+)
 
 LANGUAGES = {  # Common Voice's codes and the names that the prompt uses
     "en": "English", "fr": "French", "es": "Spanish", "zh-CN": "Chinese", "de": "German",
@@ -38,56 +55,45 @@ LANGUAGES = {  # Common Voice's codes and the names that the prompt uses
 
 
 def check_language(code: str) -> str:
-    """The code itself, if the project knows it; else an error that names the nearest."""
+    """The code itself, if it is known. The error for an unknown code names the nearest one."""
     if code not in LANGUAGES:
-        known = {name.lower(): c for c, name in LANGUAGES.items()} | {
-            c.lower(): c for c in LANGUAGES
-        }
-        near = [name for name in known if name.startswith(code.lower())]
-        near = near or difflib.get_close_matches(code.lower(), known, n=1, cutoff=0.5)
-        hint = f"did you mean {known[near[0]]!r}? Known" if near and code else "known"
+        codes = {text.lower(): c for c, name in LANGUAGES.items() for text in (c, name)}
+        near = [text for text in codes if text.startswith(code.lower())]
+        near = near or difflib.get_close_matches(code.lower(), codes, n=1, cutoff=0.5)
+        hint = f"did you mean {codes[near[0]]!r}? Known" if near and code else "known"
         raise ValueError(f"unknown language {code!r}; {hint}: {', '.join(LANGUAGES)}")
     return code
 
 
-# CoVoST-2's directions: into English from all others, and from English into these.
+# CoVoST-2 translates all other languages into English, and English into these.
 FROM_ENGLISH = "de tr fa sv-SE mn zh-CN cy ca sl et id ar ta lv ja".split()
+INTO_ENGLISH = [code for code in LANGUAGES if code != "en"]
 GROUPS = {
-    "all": [(code, "en") for code in LANGUAGES if code != "en"]
-    + [("en", code) for code in FROM_ENGLISH],
-    "paper": [(code, "en") for code in ("fr", "es", "de", "it", "zh-CN", "ja")]
-    + [("en", code) for code in ("ja", "de", "zh-CN")],
+    "all": ",".join([*INTO_ENGLISH, *(f"en-{code}" for code in FROM_ENGLISH)]),
+    "paper": "fr,es,de,it,zh-CN,ja,en-ja,en-de,en-zh-CN",
 }
 
 
 def parse_directions(text: str) -> list[tuple[str, str]]:
-    """Source and target of each item of "fr,en-de", once each; "all" and "paper" are GROUPS."""
-    directions = []
-    for item in map(str.strip, text.split(",")):
-        directions += GROUPS.get(item) or [parse_direction(item)]
-    return list(dict.fromkeys(directions))
+    """(source, target) of each item of a list such as "fr,en-de". "all" and "paper" are GROUPS."""
+    items = ",".join(GROUPS.get(item.strip(), item) for item in text.split(",")).split(",")
+    return list(dict.fromkeys(parse_direction(item.strip()) for item in items))
 
 
 def parse_direction(text: str) -> tuple[str, str]:
-    """Source and target of "fr" (into English), "fr-en" or "en-zh-CN"; one side is English."""
+    """(source, target) of "fr" (into English), "fr-en" or "en-zh-CN"."""
     if text == "en":
         raise ValueError("en lacks the language to translate into; name it, as in en-de")
-    if text in LANGUAGES or "-" not in text:
-        return check_language(text), "en"
-    # A code may hold a hyphen itself; where no cut fits, the error is about the likeliest.
-    cuts = [(text[:i], text[i + 1 :]) for i, c in enumerate(text) if c == "-"]
-    known = [pair for pair in cuts if set(pair) <= LANGUAGES.keys()]
-    near = [pair for pair in cuts if "en" in pair]
-    source, target = map(check_language, (known or near or cuts)[0])
-    if (source == "en") == (target == "en"):
-        raise ValueError(f"{text}: exactly one side has to be English, as in CoVoST-2")
-    return source, target
+    if text not in LANGUAGES and "-" in text and text.split("-").count("en") != 1:
+        raise ValueError(f"{text}: exactly one side has to be English, as in fr-en or en-de")
+    if text.startswith("en-"):
+        return "en", check_language(text.removeprefix("en-"))
+    return check_language(text.removesuffix("-en")), "en"
 
 
 # ------------------------------------------------------------------------------------------ corpora
 
 SPLITS = ("train", "dev", "test")
-VISIBLE = re.compile(r"[^\s\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
 csv.field_size_limit(1 << 30)  # one cell may be longer than the 128 KiB that Python allows
 
 
@@ -121,82 +127,61 @@ def quote(cell) -> str:
     return '"' + text.replace('"', '""') + '"' if '"' in text else text
 
 
-def read_table(
-    path: Path, columns, optional=(), header: list[str] | None = None, **dialect
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield place ("FILE:LINE", for messages) and named cells of each row of a tab-separated table.
+def read_table(path: Path, columns, header=(), **dialect) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield ("FILE:LINE", {column: cell}) for each row of a tab-separated table with `columns`.
 
     A table without a line of column names needs `header`. `dialect` is for csv.reader: without it,
     cells are quoted as write_table, pandas and spreadsheets do it.
     """
-    rows, file = read_cells(path, dialect or {"strict": True}), str(path)
-    line, header = (1, header) if header else next(rows, (1, None))
-    if header is None:
-        raise ValueError(f"{path}:1: expected a header with {list(columns)}, found an empty file")
-    if missing := [name for name in columns if name not in header]:
+    file, line = str(path), 1
+    rows = csv.reader(read_lines(path), delimiter="\t", strict=True, **dialect)
+    try:
+        header = header or next(rows, [])
+        if missing := [name for name in columns if name not in header]:
+            raise csv.Error(f"no column {missing} in the header {header}")
+        line = rows.line_num + 1
+        for cells in rows:
+            if len(cells) not in (0, len(header)):
+                raise csv.Error(f"expected {len(header)} cells {header}, found {len(cells)}")
+            if rows.line_num > line and not dialect:
+                raise csv.Error("a cell in quotation marks contains a line break")
+            if cells:
+                yield f"{file}:{line}", dict(zip(header, cells))
+            line = rows.line_num + 1
+    except csv.Error as error:
         raise ValueError(
-            f"{path}:{line}: no column {missing} in the header {header}; "
-            "write the column names in the first line, with tabs between them"
-        )
-    wanted = [(name, header.index(name)) for name in (*columns, *optional) if name in header]
-    for line, cells in rows:
-        if len(cells) != len(header):
-            raise ValueError(
-                f"{path}:{line}: expected {len(header)} cells ({', '.join(header)}), found "
-                f"{len(cells)}; write exactly one tab between two cells"
-            )
-        yield f"{file}:{line}", {name: cells[i] for name, i in wanted}
+            f"{file}:{line}: {error}; write one tab between two cells. A cell that begins with a "
+            'quotation mark must end with one, and has "" for each mark inside'
+        ) from error
 
 
-def read_cells(path: Path, dialect: dict):
-    """Yield line number and cells of each row of a tab-separated table."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, delimiter="\t", **dialect)
-        line = 1
-        try:
-            for cells in rows:
-                if rows.line_num > line and "strict" in dialect:
-                    raise csv.Error("a cell in quotation marks contains a line break")
-                if cells:
-                    yield line, cells
-                line = rows.line_num + 1
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path}:{first_line_not_utf8(path)}: expected UTF-8, found other bytes "
-                f"({error.reason}); save the table as UTF-8"
-            ) from error
-        except csv.Error as error:
-            raise ValueError(
-                f"{path}:{line}: {error}; a cell that begins with a quotation mark must end with "
-                'one, and marks inside it must be doubled: "He said ""no"" to me."'
-            ) from error
-
-
-def first_line_not_utf8(path: Path) -> int:
+def read_lines(path: Path) -> Iterator[str]:
     with open(path, "rb") as file:
         for line, text in enumerate(file, start=1):
             try:
-                text.decode()
-            except UnicodeDecodeError:
-                return line
+                yield text.decode("utf-8-sig" if line == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path}:{line}: expected UTF-8, found other bytes ({error.reason}); "
+                    "save the table as UTF-8"
+                ) from error
 
 
-def path_inside(name: str, clips: Path, files: set[str], where: str) -> str:
-    """The path of a clip from the folder of clips on. A path that leads out of it is an error.
+def path_inside(name: str, clips: Path, files: set[str], place: str) -> str:
+    """The path of a clip in the folder of clips. A path that leads out of it is an error.
 
     What is in `files` (from list_files) is inside. To follow the links of each clip would be slow.
     """
     if name in files:
         return name
-    if name and "\0" not in name and ".." not in Path(name).parts:
-        real, folder = os.path.realpath(clips / name), os.path.realpath(clips)
-        if real.startswith(folder + os.sep):
-            path = Path(real).relative_to(folder) if Path(name).is_absolute() else Path(name)
-            return path.as_posix()
-    raise ValueError(
-        f"{where}: the path {name!r} is not inside the audio folder {clips}; "
-        "move the clip there and write its path from that folder on"
-    )
+    folder = os.path.realpath(clips) + os.sep
+    odd = "\0" in name or ".." in Path(name).parts
+    if odd or not os.path.realpath(clips / name).startswith(folder):
+        raise ValueError(
+            f"{place}: the path {name!r} is not inside the audio folder {clips}; "
+            "move the clip there and write its path in that folder"
+        )
+    return Path(name).as_posix()
 
 
 def list_files(folder) -> Iterator[str]:
@@ -211,22 +196,19 @@ def list_files(folder) -> Iterator[str]:
 
 def is_blank(text: str) -> bool:
     """Whether no character of a text is visible, as in a cell of zero-width spaces."""
-    return not VISIBLE.search(text)
+    return not re.search(r"[^\s\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]", text)
 
 
 def find_corpus(root: Path, source: str, target: str) -> tuple[Path, Path]:
     """The table and the folder of clips of one direction."""
     folder = root / check_language(source)
     table, clips = folder / f"{source}-{target}.tsv", folder / "clips"
-    for path in (table, clips):
-        if not path.exists():
-            tables = root.glob("*/*-*.tsv")
-            have = sorted(p.stem for p in tables if p.name.startswith(f"{p.parent.name}-"))
-            raise FileNotFoundError(
-                f"no {source}-{target} corpus in {root}: {path} does not exist. Corpora there: "
-                f"{', '.join(have) or 'none'}. Name another folder with --data, or make the corpus "
-                "with tools/prepare.py"
-            )
+    if not (table.is_file() and clips.is_dir()):
+        have = sorted(p.stem for p in root.glob("*/*-*.tsv") if (p.parent / "clips").is_dir())
+        raise FileNotFoundError(
+            f"no {source}-{target} corpus in {root}: it needs {table} and {clips}. Corpora there: "
+            f"{', '.join(have) or 'none'}. --data names another folder; tools/prepare.py makes one"
+        )
     return table, clips
 
 
@@ -240,18 +222,17 @@ def read_corpus(
     table, clips = find_corpus(Path(root), source, target)
     files, places = set(list_files(clips)), {}
     splits, unusable = {split: [] for split in SPLITS}, []
-    columns = "path", "sentence", "translation", "split"
-    for where, cells in read_table(table, columns, ["seconds"]):
-        name, split = path_inside(cells["path"], clips, files, where), cells["split"]
+    for place, cells in read_table(table, ("path", "sentence", "translation", "split")):
+        name, split = path_inside(cells["path"], clips, files, place), cells["split"]
         if split not in SPLITS:
-            raise ValueError(f"{where}: the split is {split!r}; write one of {', '.join(SPLITS)}")
-        if places.setdefault(name, where) != where:
-            raise ValueError(f"{where}: {name} is also in {places[name]}; keep one of the two rows")
+            raise ValueError(f"{place}: the split is {split!r}; write one of {', '.join(SPLITS)}")
+        if places.setdefault(name, place) != place:
+            raise ValueError(f"{place}: {name} is also in {places[name]}; keep one of the two rows")
         path = clips / name
         if is_blank(cells["translation"]):  # nothing to learn, nothing to score against
-            unusable.append((split, f"{path}: empty translation ({where})"))
+            unusable.append((split, f"{path}: empty translation ({place})"))
             continue
-        seconds, reason = clip_seconds(path, name in files, cells.get("seconds", ""), where)
+        seconds, reason = clip_seconds(path, name in files, cells.get("seconds", ""), place)
         if seconds > MAX_SECONDS and split != "test":  # a test clip is translated in pieces
             reason = f"{path}: {seconds:.1f} s long; the encoder takes {MAX_SECONDS} s"
         if reason:
@@ -262,16 +243,12 @@ def read_corpus(
     return splits, unusable
 
 
-def clip_seconds(path: Path, is_listed: bool, cell: str, where: str) -> tuple[float, str]:
+def clip_seconds(path: Path, is_listed: bool, cell: str, place: str) -> tuple[float, str]:
     """Length of a clip, and why it cannot be used ("" if it can)."""
+    if not re.fullmatch(r"(\d+\.?\d*(e-\d+)?)?", cell):
+        raise ValueError(f"{place}: seconds is {cell!r}; write a number such as 2.5, or nothing")
     try:
-        stated = float(cell or 0)
-    except ValueError:
-        stated = math.nan
-    if not 0 <= stated < math.inf:
-        raise ValueError(f"{where}: seconds is {cell!r}; write a number such as 2.5, or nothing")
-    try:
-        seconds = stated if stated and is_listed else audio_seconds(path)
+        seconds = is_listed and float(cell or 0) or audio_seconds(path)
     except AudioError as error:
         return 0.0, str(error)
     return seconds, "" if seconds else f"{path}: the clip has no samples"
@@ -341,11 +318,8 @@ def prompt_for(task: str, source: str, target: str, template: str = "llama2") ->
             f"no prompt for task {task!r} with template {template!r}; "
             f"tasks: {', '.join(INSTRUCTIONS)}; templates: {', '.join(TEMPLATES)}"
         )
-    names = {
-        "source": LANGUAGES[check_language(source)],
-        "target": LANGUAGES[check_language(target)],
-    }
-    instruction = INSTRUCTIONS[task].format(**names)
+    source, target = LANGUAGES[check_language(source)], LANGUAGES[check_language(target)]
+    instruction = INSTRUCTIONS[task].format(source=source, target=target)
     return [piece.format(instruction=instruction) for piece in TEMPLATES[template][:-1]]
 
 
@@ -383,20 +357,26 @@ class Example:
         return self.row.translation if self.task == "st" else self.row.sentence
 
 
+def n_positions(n_samples: int, n_ids: int) -> int:
+    """Positions of a row in the LLM: its ids, with the states of its clip in place of AUDIO_ID."""
+    return n_states(n_samples) + n_ids - 1
+
+
 @dataclass
 class Batch:
-    """What one training step sees: B clips and B rows of ids, padded on the right."""
+    """What one training step sees: B examples with their clips and ids. Padding is on the right."""
 
+    examples: list[Example]  # B
     audio: list[Tensor]  # B waveforms (N,), each of its own length
     ids: Tensor  # (B, T)
     labels: Tensor  # (B, T), the id where it is part of the answer, else IGNORE
-    lengths: Tensor  # (B,), ids of each row; the rest is padding
+    lengths: Tensor  # (B,), number of ids of each row without padding
+    audio_at: list[int]  # B, the index of AUDIO_ID in each row
 
     @property
     def positions(self) -> list[int]:
-        """What each row takes in the LLM; its speech stands where one id stood."""
-        speech = [math.ceil(len(a) * STATES_PER_SECOND / SAMPLE_RATE) for a in self.audio]
-        return [n + int(T) - 1 for n, T in zip(speech, self.lengths, strict=True)]
+        """n_positions of each row."""
+        return [n_positions(len(a), n) for a, n in zip(self.audio, self.lengths.tolist())]
 
 
 def examples_for(rows: list[Row], asr: float, seed: int, epoch: int) -> list[Example]:
@@ -447,62 +427,79 @@ def answer_row(example: Example, tokenizer, template: str) -> tuple[list[int], l
     return prompt + answer, [IGNORE] * len(prompt) + answer
 
 
-@lru_cache(maxsize=8192)
-def remembered_audio(path: Path) -> Tensor:
-    """A small corpus is decoded once and then stays in memory; of a large one, the newest clips."""
-    return load_audio(path)
-
-
-def collate(examples: list[Example], tokenizer, template: str) -> Batch:
-    """Load the clips and draw the rows."""
+def collate(examples: list[Example], tokenizer, template: str, read_audio=load_audio) -> Batch:
+    """Read the clips and pad the rows."""
     rows = [answer_row(example, tokenizer, template) for example in examples]
     ids, labels = zip(*rows, strict=True)
     return Batch(
-        audio=[remembered_audio(example.row.path) for example in examples],
-        ids=pad_sequence([torch.tensor(row) for row in ids], batch_first=True),
-        labels=pad_sequence(
-            [torch.tensor(row) for row in labels], batch_first=True, padding_value=IGNORE
-        ),
+        examples=examples,
+        audio=[read_audio(example.row.path) for example in examples],
+        ids=pad_sequence([*map(torch.tensor, ids)], batch_first=True),
+        labels=pad_sequence([*map(torch.tensor, labels)], batch_first=True, padding_value=IGNORE),
         lengths=torch.tensor([len(row) for row in ids]),
+        audio_at=[row.index(AUDIO_ID) for row in ids],
     )
 
 
+CACHE_BYTES = 2 * 10**9  # of decoded clips in memory, about 8 hours
+
+
 class Batches:
-    """The batches of a training run, epoch by epoch: a function of (seed, epoch) alone."""
+    """The batches of a training run. They depend only on the arguments, seed and epoch.
+
+    `change` is a function (N,) -> (N,) that alters each clip before it is encoded, such as noise.
+    """
 
     def __init__(
-        self,
-        rows: list[Row],
-        asr: float,
-        tokenizer,
-        template: str,
-        budget: int,
-        seed: int,
+        self, rows: list[Row], asr, tokenizer, template: str, budget: int, seed: int, change=None
     ):
         self.rows, self.asr, self.seed, self.budget = rows, asr, seed, budget
-        self.tokenizer, self.template = tokenizer, template
+        self.tokenizer, self.template, self.change = tokenizer, template, change
         self.sizes: dict[Example, int] = {}
         self.skipped: dict[Path, str] = {}  # clips that failed, and why
+        self.too_long: list[Example] = []  # rows of the last epoch that are longer than the budget
+        self.decoded: dict[Path, Tensor] = {}
+        self.decoded_bytes = 0
 
     def size_of(self, example: Example) -> int:
-        """Positions of the LLM that a row takes: its speech and its text."""
+        """n_positions of an example, without reading its clip."""
         if example not in self.sizes:
             ids, _ = answer_row(example, self.tokenizer, self.template)
-            speech = math.ceil(example.row.seconds * STATES_PER_SECOND)
-            self.sizes[example] = speech + len(ids)
+            # The product may have a rounding error, and n_states would round it up.
+            n_samples = math.ceil(round(example.row.seconds * SAMPLE_RATE, 3))
+            self.sizes[example] = n_positions(n_samples, len(ids))
         return self.sizes[example]
 
     def groups(self, epoch: int) -> list[list[Example]]:
-        """What goes together, before any audio is read."""
+        """The examples of each batch of an epoch. Rows longer than the budget are left out."""
         examples = examples_for(self.rows, self.asr, self.seed, epoch)
-        return group(examples, self.size_of, self.budget, self.seed, epoch)
+        self.too_long = [e for e in examples if self.size_of(e) > self.budget]
+        if len(self.too_long) == len(examples):
+            least = min(map(self.size_of, examples), default=0)
+            raise ValueError(f"--batch {self.budget} is too small: the shortest row has {least}")
+        examples = [e for e in examples if self.size_of(e) <= self.budget]
+        # One position more than a row has: the scores in tiny/README.md are of these batches.
+        return group(examples, lambda e: self.size_of(e) + 1, self.budget, self.seed, epoch)
 
     def load(self, examples: list[Example]) -> Batch | None:
-        """These examples with their audio; a clip that fails is left out, and remembered."""
+        """A batch of these examples without those whose clip fails; None if all clips fail."""
         while examples:
             try:
-                return collate(examples, self.tokenizer, self.template)
+                return collate(examples, self.tokenizer, self.template, self.read_audio)
             except AudioError as error:
                 self.skipped[error.path] = error.reason
                 examples = [e for e in examples if e.row.path != error.path]
         return None
+
+    def read_audio(self, path: Path) -> Tensor:
+        """Read a clip once and keep it, up to CACHE_BYTES of clips. -> (N,)
+
+        Of a corpus that does not fit, each epoch finds the same part in memory.
+        """
+        audio = self.decoded.get(path)
+        if audio is None:
+            audio = load_audio(path)
+            if self.decoded_bytes + audio.nbytes <= CACHE_BYTES:
+                self.decoded[path] = audio
+                self.decoded_bytes += audio.nbytes
+        return self.change(audio.clone()) if self.change else audio

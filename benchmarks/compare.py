@@ -378,10 +378,12 @@ def row_of(V: int, seed: int) -> tuple[list[int], list[int]]:
 def training_batch(V: int, which: list[int]) -> Batch:
     rows = [row_of(V, i) for i in which]
     return Batch(
+        [],
         [noise(MIXED[i], i) for i in which],
         torch.tensor([prompt + answer for prompt, answer in rows]),
         torch.tensor([[IGNORE] * PROMPT + answer for _, answer in rows]),
         torch.tensor([PROMPT + ANSWER] * len(rows)),
+        [2] * len(rows),
     )
 
 

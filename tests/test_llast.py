@@ -65,7 +65,8 @@ def batch_of(rows) -> Batch:
         ids[i, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
         labels[i, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
     lengths = torch.tensor([len(prompt) + len(answer) for _, prompt, answer in rows])
-    return Batch([clip for clip, _, _ in rows], ids, labels, lengths)
+    audio_at = [prompt.index(AUDIO_ID) for _, prompt, _ in rows]
+    return Batch([], [clip for clip, _, _ in rows], ids, labels, lengths, audio_at)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ import data
 import llast
 import toys
 import train
+import whisper_encoder
 from data import Batch, Row
 from llast import LLaST
 from translate import SearchOptions, translate
@@ -36,7 +37,7 @@ def corpus(tmp_path):
         (folder / "clips").symlink_to(CORPUS / language / "clips")
         table = CORPUS / language / f"{language}-en.tsv"
         columns = "path", "sentence", "translation", "split", "seconds"
-        lines = [tuple(row.values()) for _, row in data.read_table(table, columns)]
+        lines = [[row[c] for c in columns] for _, row in data.read_table(table, columns)]
         kept = [
             line
             for split, n in (("train", 24), ("dev", 4), ("test", 4))
@@ -156,9 +157,9 @@ def test_a_clip_that_breaks_after_the_start_is_left_out_and_named(
     def load(path):
         if path.name == broken:
             raise data.AudioError(path, "the disk lost it")
-        return data.load_audio(path)
+        return whisper_encoder.load_audio(path)
 
-    monkeypatch.setattr(data, "remembered_audio", load)
+    monkeypatch.setattr(data, "load_audio", load)
     assert run(monkeypatch, *flags_for(corpus, tmp_path / "run")) == 0
     assert f"{broken}: the disk lost it" in capsys.readouterr().out
 
@@ -226,9 +227,9 @@ def test_dev_clips_that_cannot_be_read_are_told(monkeypatch, corpus, tmp_path, c
     def load(path):
         if path.name in lost:
             raise data.AudioError(path, "the disk lost it")
-        return data.load_audio(path)
+        return whisper_encoder.load_audio(path)
 
-    monkeypatch.setattr(data, "remembered_audio", load)
+    monkeypatch.setattr(data, "load_audio", load)
     assert run(monkeypatch, *flags_for(corpus, tmp_path / "run")) == 0
     assert f"left out of the loss: {corpus}/fr/clips/{dev[0]}: the disk" in capsys.readouterr().out
     lost.update(dev)
@@ -279,7 +280,7 @@ def test_the_pace_says_what_is_lost_to_padding():
     audio = [torch.zeros(16_000), torch.zeros(32_001)]  # 50 states, and 101: one is begun
     rows = torch.zeros(2, 11, dtype=torch.long)
     pace = train.Pace()
-    pace.add([Batch(audio, rows, rows, torch.tensor([11, 9]))], waited=0.0)
+    pace.add([Batch([], audio, rows, rows, torch.tensor([11, 9]), [1, 1])], waited=0.0)
     assert (pace.clips, pace.positions, pace.padded) == (2, 60 + 109, 2 * 109)
     assert pace.figures()["padding"] == round(1 - 169 / 218, 3)
     assert "22% padding, 0% waiting" in str(pace)

@@ -168,9 +168,7 @@ def read_own_table(args: argparse.Namespace, source: str, tables: list[Path]) ->
     """A table of your own: path and translation, optionally sentence, lang and split."""
     entries, languages = Entries(), set()
     has_splits = False
-    for place, row in read_table(
-        args.table, ["path", "translation"], ["sentence", "lang", "split"]
-    ):
+    for place, row in read_table(args.table, ["path", "translation"]):
         path, has_splits = row["path"], "split" in row
         split = (row["split"] or "train") if has_splits else draw_split(path)
         if split not in SPLITS:
@@ -238,6 +236,8 @@ def plan_clips(entries: list[Entry], audio: Path, clips: Path) -> list[Clip]:
     files, planned = set(list_files(audio)), {}
     for entry in entries:
         path = path_inside(entry.path, audio, files, entry.place)
+        if os.path.isabs(path):
+            path = os.path.relpath(os.path.realpath(path), os.path.realpath(audio))
         name = PurePosixPath(path).with_suffix(".flac").as_posix()
         clip = Clip(entry, audio / path, name, clips / name)
         if other := planned.get(name):

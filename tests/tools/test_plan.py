@@ -124,10 +124,12 @@ def built(tmp_path):
         prompt = [1, AUDIO_ID] + [5] * (plan.TEXT - plan.ANSWER - 1)
         answer = [7] * plan.ANSWER
         batch = Batch(
+            [],
             [torch.sin(torch.arange(320 * S) / 7.0)] * B,
             torch.tensor([prompt + answer] * B),
             torch.tensor([[IGNORE] * len(prompt) + answer] * B),
             torch.tensor([len(prompt) + len(answer)] * B),
+            [1] * B,
         )
         return settings, model.train(), batch
 

@@ -455,7 +455,7 @@ def refused(capsys, *flags) -> str:
         ("link.wav\tx\ttrain", r"mine\.tsv:2: the path 'link\.wav' is not inside"),
         ("\tx\ttrain", r"mine\.tsv:2: the path '' is not inside"),
         ("a.wav\tx\tvalid", r"mine\.tsv:2: the split is 'valid'; write one of train, dev, test"),
-        ("a.wav\tx", r"mine\.tsv:2: expected 3 cells \(path, translation, split\), found 2"),
+        ("a.wav\tx", r"mine\.tsv:2: expected 3 cells \['path', 'translation', 'split'\], found 2"),
         ("a.wav\tx\ttrain\na.mp3\ty\ttrain", r":3: a\.mp3 and a\.wav would both be a\.flac"),
         ("", r"mine\.tsv has no row of cy: it has no rows"),
     ],
