@@ -43,8 +43,9 @@ def read_pickle(file: Path) -> dict:
     Tensors are mapped: their numbers are read from the disk only when they are used.
     """
     try:
-        mapped = zipfile.is_zipfile(file)  # files from before torch 1.6 are not
-        stored = torch.load(file, "cpu", weights_only=True, mmap=mapped)
+        is_zip = zipfile.is_zipfile(file)  # files from before torch 1.6 are not
+        compressed = is_zip and any(e.compress_type for e in zipfile.ZipFile(file).infolist())
+        stored = {} if compressed else torch.load(file, "cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:  # torch's own message advises to run the file's code
         raise ValueError(
             f"{file} contains Python objects other than tensors; it was not loaded, because such "
@@ -52,9 +53,32 @@ def read_pickle(file: Path) -> dict:
         ) from error
     except Exception as error:  # torch.load fails in many ways on other files
         raise ValueError(f"{file} cannot be read as weights, is it cut short? {error!r}") from error
+    if compressed:  # a few bytes can then unpack to any number of them
+        raise ValueError(f"{file} is compressed; it was not loaded, because weights never are")
     if not isinstance(stored, dict):
-        raise ValueError(f"{file} must hold a dictionary of tensors, not a {type(stored).__name__}")
+        raise ValueError(f"{file} must hold a dictionary of tensors, not {kind_of(stored)}")
     return stored
+
+
+def check_tensors(weights: dict, file: Path) -> dict[str, Tensor]:
+    """The same dictionary; anything in it that is not a named tensor of numbers is an error."""
+    for name, tensor in weights.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{file} must name its tensors by text, not by {kind_of(name)}")
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{file}: {name} must be a tensor, not {kind_of(tensor)}")
+        on_disk = tensor.layout is torch.strided and tensor.device.type == "cpu"
+        if not on_disk or not tensor.is_floating_point():
+            raise ValueError(f"{file}: {name} is not a dense tensor of floating-point numbers")
+    # Tied tensors share memory, so they can need more than the file has, but not twice as much.
+    if sum(tensor.nbytes for tensor in weights.values()) > 2 * file.stat().st_size:
+        raise ValueError(f"{file} describes tensors that are larger than the file")
+    return weights
+
+
+def kind_of(value) -> str:
+    """The type of a value from a file, for a message. The value itself can be endless."""
+    return f"a value of type {type(value).__name__}"
 
 
 # --------------------------------------------------------------------- writing Hugging Face folders
@@ -155,7 +179,8 @@ def read_bin_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
     absent = [name for name in names if not (folder / Path(name).name).is_file()]
     if absent:
         raise FileNotFoundError(f"{folder} has config.json, but not {absent}")
-    return chain.from_iterable(read_pickle(folder / Path(name).name).items() for name in names)
+    files = [folder / Path(name).name for name in names]
+    return chain.from_iterable(check_tensors(read_pickle(file), file).items() for file in files)
 
 
 OPENAI_NAMES = (  # parts of OpenAI's names -> the same parts of Hugging Face's names
@@ -187,11 +212,15 @@ def read_openai(file: Path) -> tuple[dict, Iterator[tuple[str, Tensor]]]:
         )
     stored = read_pickle(file)
     if stored.keys() != {"dims", "model_state_dict"}:
+        names = [name for name in stored if isinstance(name, str)]
         raise ValueError(
             f"{file} is not one of OpenAI's Whisper files: it must hold dims and "
-            f"model_state_dict, but it holds {sorted(map(str, stored))[:5]}"
+            f"model_state_dict, but it holds {names[:5]}"
         )
-    dims = stored["dims"]
+    dims, weights = stored["dims"], stored["model_state_dict"]
+    if not isinstance(dims, dict) or not isinstance(weights, dict):
+        raise ValueError(f"{file}: dims and model_state_dict must be dictionaries")
+    check_tensors(weights, file)
     end = 50257 if dims["n_vocab"] >= 51865 else 50256  # <|endoftext|>; English-only has one less
     config = {
         "model_type": "whisper",
@@ -214,7 +243,7 @@ def read_openai(file: Path) -> tuple[dict, Iterator[tuple[str, Tensor]]]:
             name = name.replace(theirs, ours)
         return f"model.{name}"
 
-    return config, ((rename(name), tensor) for name, tensor in stored["model_state_dict"].items())
+    return config, ((rename(name), tensor) for name, tensor in weights.items())
 
 
 META_NAMES = {  # Meta's name: Hugging Face's name, and the dimension that Meta's files divide
@@ -246,14 +275,15 @@ def read_meta(folder: Path) -> tuple[dict, Iterator[tuple[str, Tensor]]]:
     names = [file.name for file in files]
     if not names or names != [f"consolidated.{i:02}.pth" for i in range(len(names))]:
         raise FileNotFoundError(f"{folder} needs consolidated.00.pth and on, found {names}")
-    parts = [read_pickle(file) for file in files]
+    parts = [check_tensors(read_pickle(file), file) for file in files]
     uneven = [
         name
         for name in sorted(set().union(*parts))
         if len({part[name].shape if name in part else None for part in parts}) > 1
     ]
-    if uneven or "tok_embeddings.weight" not in parts[0]:
-        fault = uneven[:8] or "no tok_embeddings.weight"
+    embeddings = parts[0].get("tok_embeddings.weight")
+    if uneven or embeddings is None or embeddings.dim() != 2:
+        fault = uneven[:8] or "no matrix tok_embeddings.weight"
         raise ValueError(f"the files {names} in {folder} do not belong together: {fault}")
     H, Hk = params["n_heads"], params.get("n_kv_heads") or params["n_heads"]
     wide = int((params.get("ffn_dim_multiplier") or 1) * int(8 * params["dim"] / 3))
@@ -264,7 +294,7 @@ def read_meta(folder: Path) -> tuple[dict, Iterator[tuple[str, Tensor]]]:
         num_attention_heads=H,
         num_key_value_heads=Hk,
         head_dim=params["dim"] // H,
-        vocab_size=len(parts[0]["tok_embeddings.weight"]),  # params.json says -1
+        vocab_size=len(embeddings),  # params.json says -1
         rms_norm_eps=params["norm_eps"],
         rope_theta=params.get("rope_theta", 10_000.0),
         tie_word_embeddings=False,
@@ -276,10 +306,10 @@ def read_meta(folder: Path) -> tuple[dict, Iterator[tuple[str, Tensor]]]:
 
 def join_meta(name: str, parts: list[dict[str, Tensor]], Dh: int) -> tuple[str, Tensor]:
     """One tensor, joined from its part in every file, and its name in a Hugging Face folder."""
-    layer, last = re.fullmatch(r"(layers\.\d+\.)?(.*?)(?:\.weight)?", name).groups()
-    if last not in META_NAMES:
+    layer, last = re.fullmatch(r"(layers\.\d+\.)?(.*?)(?:\.weight)?", name, re.DOTALL).groups()
+    ours, dim = META_NAMES.get(last, ("", None))
+    if not ours or parts[0][name].dim() != (1 if dim is None else 2):
         return name, parts[0][name]  # the check after writing reports it
-    ours, dim = META_NAMES[last]
     pieces = [part[name] for part in parts]
     tensor = pieces[0] if dim is None or len(pieces) == 1 else torch.cat(pieces, dim)
     if last in ("attention.wq", "attention.wk") and len(tensor) % Dh == 0:
@@ -411,8 +441,14 @@ def read_original(path: Path) -> dict[str, Tensor]:
         path = path / "mp_rank_00_model_states.pt"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; name a checkpoint, or a folder from export")
-    stored = dict(stored_tensors(path)) if path.suffix == ".safetensors" else read_pickle(path)
-    stored = stored.get("module") or stored.get("state_dict") or stored
+    if path.suffix == ".safetensors":
+        stored = dict(stored_tensors(path))
+    else:
+        stored = read_pickle(path)
+        for key in ("module", "state_dict"):  # DeepSpeed's name, and xtuner's
+            if isinstance(stored.get(key), dict):
+                stored = stored[key]
+        check_tensors(stored, path)
     tensors = {}
     for name, tensor in stored.items():
         if not name.startswith("speech_encoder.base_model.model.decoder."):

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -408,6 +409,50 @@ def test_code_in_a_weight_file_is_not_run(tmp_path, name):
     assert f"{name} contains Python objects other than tensors" in message
     assert "weights_only" not in message  # torch's advice would run the code
     assert not (tmp_path / "ran").exists()
+
+
+SPARSE, META_TENSOR = torch.eye(3).to_sparse(), torch.ones(3, device="meta")
+HUGE = torch.ones(1).expand(2**20, 2**20)  # one number on the disk
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    (
+        ([torch.ones(1)], "must hold a dictionary of tensors, not a value of type list"),
+        ({"a": 1}, "a must be a tensor, not a value of type int"),
+        ({"a": {"b": torch.ones(1)}}, "a must be a tensor, not a value of type dict"),
+        ({1: torch.ones(1)}, "must name its tensors by text, not by a value of type int"),
+        ({"a": torch.ones(1).int()}, "a is not a dense tensor of floating-point numbers"),
+        ({"a": SPARSE}, "a is not a dense tensor of floating-point numbers"),
+        ({"a": META_TENSOR}, "a is not a dense tensor of floating-point numbers"),
+        ({"a": HUGE}, "describes tensors that are larger than the file"),
+    ),
+)
+@pytest.mark.parametrize("name", PICKLES)
+def test_a_pickle_of_anything_but_named_tensors_is_refused(tmp_path, name, value, message):
+    if name.endswith(".pt") and isinstance(value, dict):
+        value = {"dims": {}, "model_state_dict": value}
+    message_of = refusal(as_source(value, tmp_path / "source" / name), PICKLES[name])
+    assert f"{name}{' ' if message[0] in 'md' else ': '}{message}" in message_of
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_a_compressed_pickle_is_refused_before_it_is_read(tmp_path, name):
+    source = as_source({}, tmp_path / "source" / name)
+    with zipfile.ZipFile(tmp_path / "source" / name, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10_000_000))
+    assert f"{name} is compressed; it was not loaded" in refusal(source, PICKLES[name])
+
+
+@pytest.mark.parametrize("fault", (torch.ones(()), torch.ones(4)), ids=("0-d", "1-d"))
+def test_a_matrix_of_meta_without_two_dimensions_is_refused_by_name(tmp_path, fault):
+    weights, config = read(toys.llama_folder(tmp_path / "original", **LLAMA_SIZES["GQA"]))
+    source = write_source(tmp_path / "source", "meta, 1", weights, config)
+    stored = torch.load(source / "consolidated.00.pth", weights_only=True)
+    for name in ("tok_embeddings.weight", "layers.0.attention.wo.weight", "norm.weight"):
+        if name != "norm.weight" or fault.dim() == 0:
+            torch.save(stored | {name: fault}, source / "consolidated.00.pth")
+            assert name in refusal(source)
 
 
 def test_a_source_without_weights_is_refused(tmp_path):
