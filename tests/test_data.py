@@ -1,4 +1,4 @@
-"""data.py: resampling, reading audio and corpora, the rows that are learnt, and batches."""
+"""data.py: languages, tables and corpora, prompts and labels, examples and batches."""
 
 import csv
 import io
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import data
 import toys
@@ -629,6 +630,67 @@ def test_the_size_of_an_example_is_its_speech_and_its_text(tokenizer):
     ids, _ = data.answer_row(Example(STUDIED, "st"), tokenizer, "llama2")
     size = batches_of([STUDIED], tokenizer).size_of(Example(STUDIED, "st"))
     assert size == 50 * STUDIED.seconds + len(ids) - 1  # the speech takes the place of AUDIO_ID
+
+
+def test_a_batch_has_the_positions_that_the_llm_sees(tmp_path, tokenizer):
+    """The whole chain: seconds in the table, samples of the clip, states, positions."""
+    clips = [(0.5, 16000), (0.51, 44100), (0.021, 8000), (0.02, 16000), (1.23, 48000)]
+    rows = []
+    for i, (seconds, rate) in enumerate(clips):
+        path = write(tmp_path / f"{i}.wav", tone(300, rate, seconds), rate)
+        rows.append(Row(path, "un", "one", "fr", "en", data.audio_seconds(path)))
+    batches = batches_of(rows, tokenizer)
+    [group] = batches.groups(0)
+    batch = batches.load(group)
+    assert batch.examples == group
+    assert batch.positions == [batches.size_of(example) for example in group]
+    for i, at in enumerate(batch.audio_at):
+        ids = batch.ids[i, : batch.lengths[i]].tolist()
+        assert ids[at] == AUDIO_ID and ids.count(AUDIO_ID) == 1
+        words = len(ids) - 1
+        assert batch.positions[i] == math.ceil(len(batch.audio[i]) / 320) + words
+
+
+def test_a_row_longer_than_the_budget_is_left_out_and_named(tokenizer):
+    long = replace(ROWS[0], path=Path("long.wav"), translation="word " * 500)
+    batches = batches_of([*ROWS, long], tokenizer, budget=300)
+    drawn = {example for group in batches.groups(0) for example in group}
+    assert batches.too_long == [Example(long, "st")]
+    assert drawn == {Example(row, task) for row in ROWS for task in ("st", "asr")} | {
+        Example(long, "asr")
+    }
+
+
+def test_a_row_exactly_as_long_as_the_budget_is_kept(tokenizer):
+    example = Example(ROWS[0], "st")
+    size = batches_of([ROWS[0]], tokenizer).size_of(example)
+    batches = Batches([ROWS[0]], 0, tokenizer, "llama2", size, seed=1)
+    assert batches.groups(0) == [[example]] and not batches.too_long
+    with pytest.raises(ValueError, match=f"--batch {size - 1} is too small.* row has {size}"):
+        Batches([ROWS[0]], 0, tokenizer, "llama2", size - 1, seed=1).groups(0)
+
+
+def test_decoded_clips_are_kept_up_to_a_number_of_bytes(tmp_path, tokenizer, monkeypatch):
+    read = []
+    monkeypatch.setattr(data, "CACHE_BYTES", 2 * 4 * 3200)  # two clips of 0.2 s in float32
+    monkeypatch.setattr(data, "load_audio", lambda path: read.append(path) or torch.ones(3200))
+    batches = batches_of(ROWS, tokenizer)
+    paths = [row.path for row in ROWS[:3]]
+    for _ in range(2):
+        for path in paths:
+            assert len(batches.read_audio(path)) == 3200
+    assert read == [*paths, paths[2]]
+
+
+def test_change_alters_the_audio_and_not_the_clip_in_memory(tmp_path, tokenizer):
+    row = Row(write(tmp_path / "a.wav", tone(300, 16000)), "un", "one", "fr", "en", 0.2)
+    batches = Batches(
+        [row], 0, tokenizer, "llama2", 1000, seed=1, change=lambda audio: audio.mul_(2)
+    )
+    plain = batches_of([row], tokenizer).read_audio(row.path)
+    for _ in range(2):
+        [audio] = batches.load([Example(row, "st")]).audio
+        torch.testing.assert_close(audio, 2 * plain)
 
 
 def test_an_epoch_holds_every_example_once_within_the_budget(tokenizer):

@@ -215,6 +215,55 @@ def test_samples_beyond_full_scale_clip_and_do_not_wrap(tmp_path):
     assert samples.tolist() == [0, 16384, 32767, 32767, -32768, -32768]
 
 
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="ffmpeg is not installed")
+def test_mp3_files_streamed_by_ffmpeg_are_all_prepared(tmp_path):
+    """Common Voice's own files have no Xing frame: ffmpeg could not go back to write one."""
+    clips = tmp_path / "cv" / "fr" / "clips"
+    clips.mkdir(parents=True)
+    spoken, translated = ["client_id\tpath\tsentence"], ["path\ttranslation\tsplit"]
+    for i, split in enumerate(("train_covost", "train", "dev", "test")):
+        seconds, rate = 1.7 + 0.31 * i, (48000, 44100, 32000, 22050)[i]
+        write_clip(tmp_path / f"{i}.wav", seconds, rate, seed=i)
+        tag = ["-metadata", "title=a title"] if i % 2 else ["-id3v2_version", "0"]
+        flags = ["-q:a", "4"] if i > 1 else ["-b:a", "64k"]
+        words = ["ffmpeg", "-v", "error", "-i", tmp_path / f"{i}.wav", "-ac", "1", *tag, *flags]
+        words += ["-c:a", "libmp3lame", "-f", "mp3", "-"]
+        stream = subprocess.run(words, stdout=subprocess.PIPE, check=True).stdout
+        (clips / f"{i}.mp3").write_bytes(stream)
+        spoken.append(f"x\t{i}.mp3\tdit {i}")
+        translated.append(f"{i}.mp3\tsaid {i}\t{split}")
+    write_lines(tmp_path / "cv" / "fr" / "validated.tsv", *spoken)
+    write_lines(tmp_path / "covost" / "covost_v2.fr_en.tsv", *translated)
+    assert prepare(*flags_for(tmp_path)) == 0
+    splits, unusable = data.read_corpus(tmp_path / "out", "fr", "en")
+    assert not unusable and [len(rows) for rows in splits.values()] == [2, 1, 1]
+    for i, row in enumerate(row for rows in splits.values() for row in rows):
+        # The encoder adds at most two frames of silence at each end.
+        assert 0 <= row.seconds - (1.7 + 0.31 * i) < 4 * 1152 / 22050
+        original, clip = (command.load_audio(path) for path in (tmp_path / f"{i}.wav", row.path))
+        assert clip.std() == pytest.approx(original.std(), rel=0.1)
+
+
+def test_a_split_without_a_usable_clip_makes_the_exit_code_1(common_voice, capsys):
+    clips = common_voice / "cv" / "fr" / "clips"
+    (clips / "good4.mp3").unlink()  # the only good clip of dev
+    assert prepare(*flags_for(common_voice)) == 1
+    assert "fr-en has no usable clip in dev;" in capsys.readouterr().err
+    for name in ("good5", "long2"):
+        (clips / f"{name}.mp3").unlink()
+    shutil.rmtree(common_voice / "out")
+    assert prepare(*flags_for(common_voice)) == 1
+    assert "no usable clip in dev, test;" in capsys.readouterr().err
+    assert len(data.read_corpus(common_voice / "out", "fr", "en")[0]["train"]) == 3
+
+
+def test_a_link_to_itself_is_a_missing_clip(common_voice):
+    clip = common_voice / "cv" / "fr" / "clips" / "missing1.mp3"
+    clip.symlink_to(clip.name)
+    assert prepare(*flags_for(common_voice)) == 0
+    assert report_of(common_voice)["splits"]["train"]["left out"]["missing"] == 1
+
+
 def test_common_voice_may_be_the_folder_of_one_language(common_voice):
     flags = list(flags_for(common_voice))
     flags[2], flags[4] = common_voice / "cv" / "fr", common_voice / "covost" / "fr"
@@ -411,6 +460,46 @@ def test_a_table_without_transcripts_trains_translation_only(tmp_path):
     assert len(batches.load(drawn).audio) == 2
 
 
+def test_the_cells_of_your_own_table_are_read_as_a_spreadsheet_wrote_them(tmp_path):
+    lines = [
+        "path\ttranslation\tsentence\tsplit",
+        '0.wav\t"He said ""no"" to me."\tAC\\DC\ttrain',
+        '1.wav\tPlease REMOVE this.\tun "mot"\ttrain',
+        "2.wav\t\u200b\ufeff \tdeux\ttrain",
+        f"{tmp_path}/audio/3.wav\tthree\t\u200b\tdev",
+        "4.wav\tThree.\ttrois\ttest",
+    ]
+    for i in range(5):
+        write_clip(tmp_path / "audio" / f"{i}.wav")
+    write_lines(tmp_path / "mine.tsv", *lines)
+    assert prepare(*table_flags(tmp_path)) == 0
+    splits, unusable = data.read_corpus(tmp_path / "out", "cy", "en")
+    rows = [(r.path.name, r.sentence, r.translation) for rows in splits.values() for r in rows]
+    assert not unusable and rows == [
+        ("0.flac", "AC\\DC", 'He said "no" to me.'),
+        ("1.flac", 'un "mot"', "Please REMOVE this."),
+        ("3.flac", "", "three"),
+        ("4.flac", "trois", "Three."),
+    ]
+    report = report_of(tmp_path, "cy-en")
+    assert report["splits"]["train"]["left out"] == {"empty text": 1}
+    assert report["splits"]["dev"]["without a transcript"] == 1
+
+
+def test_the_report_counts_test_texts_that_are_also_in_train(tmp_path, capsys):
+    lines = ["path\ttranslation\tsentence\tsplit"]
+    rows = [("one", "un", "train"), ("two", "deux", "train"), ("three", "trois", "dev"),
+            ("one", "une", "test"), ("two", "deux", "test"), ("six", "six", "test")]  # fmt: skip
+    for i, cells in enumerate(rows):
+        write_clip(tmp_path / "audio" / f"{i}.wav")
+        lines.append("\t".join([f"{i}.wav", *cells]))
+    write_lines(tmp_path / "mine.tsv", *lines)
+    assert prepare(*table_flags(tmp_path)) == 0
+    line = "of 3 test sentences, 1 are also in train; of 3 test translations, 2 are also in train"
+    assert line in capsys.readouterr().out
+    assert report_of(tmp_path, "cy-en")["overlap"] == line
+
+
 def test_a_table_without_splits_has_them_drawn_by_name(tmp_path, capsys):
     lines = [f"{i}.wav\tsaid {i}\tdit {i}" for i in range(100)]
     for i in range(100):
@@ -455,6 +544,7 @@ def refused(capsys, *flags) -> str:
         ("link.wav\tx\ttrain", r"mine\.tsv:2: the path 'link\.wav' is not inside"),
         ("\tx\ttrain", r"mine\.tsv:2: the path '' is not inside"),
         ("a.wav\tx\tvalid", r"mine\.tsv:2: the split is 'valid'; write one of train, dev, test"),
+        ('a.wav\t"No", he said.\ttrain', r"mine\.tsv:2: .* quotation mark must end with one"),
         ("a.wav\tx", r"mine\.tsv:2: expected 3 cells \['path', 'translation', 'split'\], found 2"),
         ("a.wav\tx\ttrain\na.mp3\ty\ttrain", r":3: a\.mp3 and a\.wav would both be a\.flac"),
         ("", r"mine\.tsv has no row of cy: it has no rows"),
