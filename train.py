@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from data import TEMPLATES, Batch, Batches, Row, every_nth, parse_directions
+from data import TEMPLATES, Batch, Batches, Row, describe_overlap, every_nth, parse_directions
 from llast import (
     LLaST,
     LLaSTConfig,
@@ -198,6 +198,10 @@ def print_corpus(splits: dict[str, list[Row]], batches: Batches):
             n, minutes = len(here), sum(row.seconds for row in here) / 60
             asr = len(spoken.get(direction, ())) if split == "train" else 0
             print(f"{direction:12}{split:8}{n:8,}{minutes:10.1f}{n:12,}{asr:12,}")
+    print(describe_overlap(splits["train"], splits["test"]))
+    if batches.too_long:
+        names = ", ".join(f"{e.row.path} ({e.task})" for e in batches.too_long[:5])
+        print(f"{len(batches.too_long):,} rows longer than --batch are left out, such as {names}")
     print()
 
 

@@ -237,6 +237,25 @@ def test_dev_clips_that_cannot_be_read_are_told(monkeypatch, corpus, tmp_path, c
     assert "no dev clip can be read; the first: " in capsys.readouterr().err
 
 
+def test_rows_over_the_budget_and_repeated_test_texts_are_printed(
+    monkeypatch, corpus, tmp_path, capsys
+):
+    table = corpus / "fr" / "fr-en.tsv"
+    lines = table.read_text().splitlines()
+    cells = next(line for line in lines if "\ttest\t" in line).split("\t")
+    first, second = [line.split("\t") for line in lines if "\ttrain\t" in line][:2]
+    first[1:3], second[2] = cells[1:3], "word " * 2000
+    text = table.read_text().splitlines()[3:]
+    table.write_text("\n".join([lines[0], "\t".join(first), "\t".join(second), *text, ""]))
+    assert run(monkeypatch, *flags_for(corpus, tmp_path / "run", "--batch", 300)) == 0
+    printed = capsys.readouterr().out
+    assert "of 4 test sentences, 1 are also in train; of 4 test translations, 1 are" in printed
+    assert (
+        f"1 rows longer than --batch are left out, such as {corpus}/fr/clips/{second[0]} (st)"
+        in printed
+    )
+
+
 def test_what_is_made_ahead_comes_in_order_and_one_item_early():
     made = []
 
