@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -25,14 +24,21 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import SPLITS, Row, end_id, parse_directions, prompt_for, prompt_ids, read_corpus
+from data import Row, end_id, parse_directions, prompt_for, prompt_ids, read_corpus, write_table
 from llama import Cache, Llama
 from llast import LLaST, phase, pick_device
 from lora import merge_lora
 from whisper_encoder import MAX_SECONDS, SAMPLE_RATE, AudioError, audio_seconds, load_audio
 
+AUDIO_FILES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".mp2", ".aif", ".aiff", ".au", ".caf", ".w64", ".sph")  # fmt: skip
+OTHER_AUDIO_FILES = (".m4a", ".mp4", ".aac", ".webm", ".wma", ".amr", ".3gp", ".mka", ".mkv", ".mov")  # fmt: skip
+
+
+def convert_command(path):
+    return f'ffmpeg -i "{path}" "{Path(path).with_suffix("")}-converted.flac"'
+
+
 HERE = Path(__file__).parent
-AUDIO_FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 UNSPACED = ("zh-CN", "ja")  # languages that are written without spaces between words
 
 
@@ -184,7 +190,7 @@ def select_beams(x: Tensor, beam: Tensor) -> Tensor:
 
 # -------------------------------------------------------------------------- from clips to sentences
 
-SORTED_BATCHES = 32  # clips of so many batches are sorted by length together
+SORTED_BATCHES = 32  # the clips of so many batches are sorted by length together
 
 
 @dataclass
@@ -204,14 +210,40 @@ class Translation:
 class Piece:
     """A part of a clip that the encoder gets at once. A clip up to 30 s is one piece."""
 
-    clip: int  # index of the clip
-    name: str  # of the clip
-    start: int = 0  # first sample
-    end: int = 0  # last sample + 1
-    audio: Tensor | None = None  # (N,); None if the clip cannot be used
-    is_last: bool = True  # no other piece of the clip follows
-    error: str | None = None
+    start: int  # first sample
+    end: int  # last sample + 1
+    audio: Tensor | None = None  # (N,), until the piece is answered
     hypotheses: list[Hypothesis] = field(default_factory=list)
+
+
+class Clip:
+    """A file or a waveform (N,), its pieces, and the error if it cannot be used."""
+
+    def __init__(self, source: Path | str | Tensor):
+        self.is_waveform = isinstance(source, Tensor)
+        self.source = source if self.is_waveform else Path(source)
+        self.name = "waveform" if self.is_waveform else str(source)
+        self.pieces: list[Piece] = []
+        self.error: str | None = None
+
+    def seconds(self) -> float:
+        try:
+            return (
+                len(self.source) / SAMPLE_RATE if self.is_waveform else audio_seconds(self.source)
+            )
+        except AudioError:  # read_pieces reports it
+            return 0.0
+
+    def load(self, change: Callable | None) -> Tensor:
+        audio = self.source if self.is_waveform else load_audio(self.source)
+        audio = change(audio) if change else audio
+        if audio.dim() != 1 or not len(audio) or not audio.isfinite().all():
+            raise AudioError(self.name, "expected a waveform (N,) of finite numbers")
+        return audio
+
+    @property
+    def is_finished(self) -> bool:
+        return bool(self.error or self.pieces and all(piece.hypotheses for piece in self.pieces))
 
 
 def split_at_quiet(audio: Tensor, most: int) -> list[tuple[int, int]]:
@@ -233,47 +265,24 @@ def split_at_quiet(audio: Tensor, most: int) -> list[tuple[int, int]]:
     return [*pieces, (start, len(audio))]
 
 
-def seconds_of(clip) -> float:
-    """Return the length of a waveform or of a file; 0 if the file cannot be read."""
-    try:
-        return clip.numel() / SAMPLE_RATE if isinstance(clip, Tensor) else audio_seconds(clip)
-    except AudioError:  # load_clip reports it
-        return 0.0
-
-
-def load_clip(clip, name: str, change: Callable | None) -> Tensor:
-    """Read a file, or take a waveform, and apply `change`. -> (N,)"""
-    audio = clip if isinstance(clip, Tensor) else load_audio(clip)
-    audio = change(audio) if change else audio
-    if audio.dim() != 1 or not len(audio):
-        shape = tuple(audio.shape)
-        raise AudioError(name, f"expected a waveform (N,) at 16 kHz, found the shape {shape}")
-    if not audio.isfinite().all():
-        raise AudioError(name, "the waveform has NaN or infinite samples")
-    return audio
-
-
-def read_pieces(clips: list, batch_size: int, progress: bool, change) -> Iterator[Piece]:
-    """Yield the pieces of every clip. Clips of similar length come together: less padding.
+def read_pieces(clips: list[Clip], batch_size: int, progress: bool, change) -> Iterator[Piece]:
+    """Yield the pieces of all clips. Clips of similar length come together: less padding.
 
     A file is decoded when it is needed, so memory holds one batch and one file.
     """
-    indices, window = range(len(clips)), SORTED_BATCHES * batch_size
-    order = (
-        i
-        for first in indices[::window]
-        for i in sorted(indices[first : first + window], key=lambda i: seconds_of(clips[i]))
-    )
-    disable = None if progress else True  # None: only on a terminal
-    for i in tqdm(order, "translating", len(clips), unit="clip", disable=disable):
-        name = f"clip {i}" if isinstance(clips[i], Tensor) else str(clips[i])
+    window = SORTED_BATCHES * batch_size
+    windows = (clips[i : i + window] for i in range(0, len(clips), window))
+    ordered = (clip for window in windows for clip in sorted(window, key=Clip.seconds))
+    disable = None if progress else True  # None: no bar if stderr is not a terminal
+    for clip in tqdm(ordered, "translating", len(clips), unit="clip", disable=disable):
         try:
-            audio = load_clip(clips[i], name, change)
+            audio = clip.load(change)
         except AudioError as error:
-            yield Piece(i, name, error=str(error))
+            clip.error = str(error)
             continue
-        for start, end in split_at_quiet(audio, MAX_SECONDS * SAMPLE_RATE):
-            yield Piece(i, name, start, end, audio[start:end], is_last=end == len(audio))
+        cuts = split_at_quiet(audio, MAX_SECONDS * SAMPLE_RATE)
+        clip.pieces = [Piece(start, end, audio[start:end]) for start, end in cuts]
+        yield from clip.pieces
 
 
 def ids_of_prompt(model: LLaST, task: str, source: str, target: str) -> Tensor:
@@ -288,9 +297,7 @@ def end_ids(model: LLaST) -> list[int]:
 
 
 @torch.inference_mode()
-def answer(
-    model: LLaST, ids: Tensor, inputs: list, embed: Callable, search: SearchOptions
-) -> list[list[Hypothesis]]:
+def answer(model: LLaST, ids: Tensor, inputs: list, embed, search) -> list[list[Hypothesis]]:
     """Return the hypotheses for each input, the best one first.
 
     `embed` turns the inputs into embeddings (S, D) for the place of the speech. A batch that does
@@ -298,18 +305,15 @@ def answer(
     """
     try:
         prompts = [model.splice(ids, speech) for speech in embed(inputs)]
-        return decode(model, beam_search(model.llm, prompts, end_ids(model), search))
+        answers = beam_search(model.llm, prompts, end_ids(model), search)
     except torch.OutOfMemoryError:
         if len(inputs) == 1:
             raise
-    # The error holds the tensors of the batch, so the halves are translated after its block.
-    half = len(inputs) // 2
-    first = answer(model, ids, inputs[:half], embed, search)
-    return first + answer(model, ids, inputs[half:], embed, search)
-
-
-def decode(model: LLaST, answers: list[list[Hypothesis]]) -> list[list[Hypothesis]]:
-    """Add the texts, and round the scores."""
+        answers = None
+    if answers is None:  # outside the except block the error no longer holds the tensors
+        half = len(inputs) // 2
+        first = answer(model, ids, inputs[:half], embed, search)
+        return first + answer(model, ids, inputs[half:], embed, search)
     if not all(answers):
         raise ValueError("the model computes NaN: its weights are damaged; train or copy it again")
     for hypothesis in (hypothesis for best in answers for hypothesis in best):
@@ -318,55 +322,20 @@ def decode(model: LLaST, answers: list[list[Hypothesis]]) -> list[list[Hypothesi
     return answers
 
 
-def answer_clips(
-    model: LLaST, ids: Tensor, pieces: Iterator[Piece], batch_size: int, search: SearchOptions
-) -> Iterator[list[Piece]]:
-    """Yield the pieces of a clip, with their hypotheses, when the last one is answered."""
-    clip = []
-    while batch := list(islice(pieces, batch_size)):
-        usable = [piece for piece in batch if not piece.error]
-        audio = [piece.audio for piece in usable]
-        answers = answer(model, ids, audio, model.encode_speech, search) if usable else []
-        for piece, hypotheses in zip(usable, answers, strict=True):
-            piece.hypotheses = hypotheses
-        for piece in batch:
-            clip.append(piece)
-            if piece.is_last:
-                yield clip
-                clip = []
-
-
-def join_pieces(pieces: list[Piece], n_best: int, space: str) -> Translation:
+def join_pieces(clip: Clip, n_best: int, space: str) -> Translation:
     """Join the best texts of the pieces of a clip. The score is the plain mean of their scores."""
-    name = pieces[0].name
-    if pieces[0].error:
-        return Translation(name, error=pieces[0].error)
-    best = [piece.hypotheses[0] for piece in pieces]
+    if clip.error:
+        return Translation(clip.name, error=clip.error)
+    best = [piece.hypotheses[0] for piece in clip.pieces]
     text = space.join(hypothesis.text for hypothesis in best if hypothesis.text)
     score = round(sum(hypothesis.score for hypothesis in best) / len(best), 4)
-    result = Translation(name, text, score, sum(hypothesis.length for hypothesis in best))
-    if len(pieces) == 1:
-        result.n_best = [{"text": h.text, "score": h.score} for h in pieces[0].hypotheses[:n_best]]
-        return result
-    result.n_best = [{"text": text, "score": score}]
-    for piece, hypothesis in zip(pieces, best, strict=True):
+    result = Translation(clip.name, text, score, sum(hypothesis.length for hypothesis in best))
+    hypotheses = clip.pieces[0].hypotheses[:n_best] if len(best) == 1 else [result]
+    result.n_best = [{"text": h.text, "score": h.score} for h in hypotheses]
+    for piece in clip.pieces if len(best) > 1 else ():
         times = {"start": piece.start / SAMPLE_RATE, "end": piece.end / SAMPLE_RATE}
-        result.pieces.append(times | {"text": hypothesis.text})
+        result.pieces.append(times | {"text": piece.hypotheses[0].text})
     return result
-
-
-def in_order(results: Iterator[tuple[int, Translation]]) -> Iterator[Translation]:
-    """Yield numbered results in the order of their numbers, each as soon as possible."""
-    waiting, position = {}, 0
-    try:
-        for i, result in results:
-            waiting[i] = result
-            while position in waiting:
-                yield waiting.pop(position)
-                position += 1
-    except KeyboardInterrupt:  # Ctrl-C must not lose what is finished
-        yield from (waiting[i] for i in sorted(waiting))
-        raise
 
 
 def translate_in_order(
@@ -381,20 +350,31 @@ def translate_in_order(
     progress: bool = False,
     change: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[Translation]:
-    """Translate (task "st") or transcribe ("asr") clips, and yield the results in their order.
+    """Translate (task "st") or transcribe ("asr") clips. Yield the results in order, without delay.
 
     A clip is a path or a waveform (N,) at 16 kHz, of any length. `change` alters the audio before
     it is encoded. A clip that cannot be used gets an error; the others are translated. For a clip
-    over 30 s there is only one hypothesis: the best ones of its pieces, joined.
+    over 30 s there is only one hypothesis: the best ones of its pieces, joined. After Ctrl-C the
+    finished results are yielded first.
     """
     ids = ids_of_prompt(model, task, source, target)
     space = "" if (source if task == "asr" else target) in UNSPACED else " "
-    pieces = read_pieces(clips, batch_size, progress, change)
+    waiting = [Clip(clip) for clip in clips]
+    pieces = read_pieces([*waiting], batch_size, progress, change)
     was_training = model.training
     model.eval()
     try:
-        answered = answer_clips(model, ids, pieces, batch_size, search)
-        yield from in_order((clip[0].clip, join_pieces(clip, n_best, space)) for clip in answered)
+        while batch := list(islice(pieces, batch_size)):
+            audio = [piece.audio for piece in batch]
+            answers = answer(model, ids, audio, model.encode_speech, search)
+            for piece, hypotheses in zip(batch, answers, strict=True):
+                piece.hypotheses, piece.audio = hypotheses, None
+            while waiting and waiting[0].is_finished:
+                yield join_pieces(waiting.pop(0), n_best, space)
+        yield from (join_pieces(clip, n_best, space) for clip in waiting)  # those with errors
+    except KeyboardInterrupt:
+        yield from (join_pieces(clip, n_best, space) for clip in waiting if clip.is_finished)
+        raise
     finally:
         model.train(was_training)
 
@@ -404,107 +384,95 @@ def translate(*args, **options) -> list[Translation]:
     return list(translate_in_order(*args, **options))
 
 
-# ------------------------------------------------------------------------------------------- scores
+# --------------------------------------------------------------------------------------------- BLEU
 
-# sacreBLEU's, chosen as the original does; with another one a score is another number.
+# The tokenizers of the original. BLEU with another tokenizer is a different number.
 TOKENIZERS = {"zh-CN": "zh", "ja": "ja-mecab"}
 FIGURES = {"bleu": "BLEU", "bleu_lc": "lower-cased", "chrf": "chrF", "wer": "WER", "cer": "CER"}
 
 
 def metrics(target: str) -> dict:
-    """sacreBLEU's metrics for text of one language, cased, lower-cased and by characters."""
+    """sacreBLEU's metrics for a language: BLEU, BLEU of lower-cased text, chrF."""
     tokenizer = TOKENIZERS.get(target, "13a")
     try:
         bleu, lower = (sacrebleu.BLEU(tokenize=tokenizer, lowercase=lc) for lc in (False, True))
-    except RuntimeError as error:  # another tokenizer would give numbers that compare with nothing
-        raise ValueError(
-            f"BLEU of {target} needs sacreBLEU's tokenizer {tokenizer}, which is not installed: "
-            'pip install "sacrebleu[ja]"'
-        ) from error
+    except RuntimeError as error:
+        missing = f"BLEU of {target} needs sacreBLEU's tokenizer {tokenizer}"
+        raise ValueError(f'{missing}: pip install "sacrebleu[ja]"') from error
     return {"bleu": bleu, "bleu_lc": lower, "chrf": sacrebleu.CHRF()}
 
 
-def score(hypotheses: list[str], references: list[str], target: str = "en") -> dict:
-    """Corpus BLEU cased and lower-cased and chrF by sacreBLEU, with their signatures."""
+def score(hypotheses: list, references: list, target: str = "en", n_bootstrap: int = 0) -> dict:
+    """Return BLEU, BLEU of lower-cased text and chrF of a corpus, with sacreBLEU's signatures.
+
+    With n_bootstrap samples of the sentences (1000 is usual), "bleu_interval" has the limits of the
+    95 % interval of BLEU.
+    """
     if len(hypotheses) != len(references):
         raise ValueError(f"{len(hypotheses)} hypotheses for {len(references)} references")
-    by = metrics(target)
-    found = {k: round(m.corpus_score(hypotheses, [references]).score, 2) for k, m in by.items()}
-    return found | {
-        "signature": str(by["bleu"].get_signature()),  # the lower-cased differs in case:lc alone
-        "chrf_signature": str(by["chrf"].get_signature()),
+    by_name = metrics(target)
+    figures = {k: m.corpus_score(hypotheses, [references]).score for k, m in by_name.items()}
+    scores = {name: round(figure, 2) for name, figure in figures.items()}
+    if n_bootstrap > 1:
+        result = by_name["bleu"].corpus_score(hypotheses, [references], n_bootstrap)
+        limits = result._mean - result._ci, result._mean + result._ci
+        scores["bleu_interval"] = [round(limit, 2) for limit in limits]
+    return scores | {
+        "signature": str(by_name["bleu"].get_signature()),
+        "chrf_signature": str(by_name["chrf"].get_signature()),
         "n": len(references),
     }
 
 
-def read_splits(corpus: Path, source: str, target: str, asked=SPLITS) -> dict[str, list[Row]]:
-    """The rows of a direction by split; what of those `asked` for cannot be used is told.
-
-    A row with a misspelt split could have belonged to any, so it always is.
-    """
+def read_splits(corpus: Path, source: str, target: str, wanted=()) -> dict[str, list[Row]]:
+    """The rows of a direction by split. Rows that cannot be used are named, if `wanted` or all."""
     splits, unusable = read_corpus(corpus, source, target)
-    told = [(s, reason) for s, reason in unusable if s in asked or s not in SPLITS]
-    for split, reason in told[:5]:
-        print(f"cannot be used for {split}: {reason}", file=sys.stderr)
-    if told:
-        numbers = Counter(split for split, _ in told).items()
-        what = ", ".join(f"{n} row{'s'[: n > 1]} of {split}" for split, n in numbers)
-        print(f"{source}-{target}: {what} cannot be used, see above", file=sys.stderr)
+    reasons = [f"{split}: {reason}" for split, reason in unusable if split in (wanted or splits)]
+    for reason in reasons[:5]:
+        print(f"cannot be used for {reason}", file=sys.stderr)
+    if reasons:
+        print(f"{source}-{target}: {len(reasons)} rows cannot be used, see above", file=sys.stderr)
     return splits
 
 
-def score_rows(
-    model: LLaST,
-    rows: list[Row],
-    tsv: Path | None = None,
-    search: SearchOptions = SearchOptions(),
-    **options,
-) -> dict:
+def score_rows(model, rows: list[Row], tsv=None, search=SearchOptions(), **options) -> dict:
     """Translate rows of one direction and score the translations."""
     source, target = rows[0].source, rows[0].target
-    metrics(target)  # should a package be missing, say so before the work
-    paths = [row.path for row in rows]
+    metrics(target)  # a missing package must be an error before the work
+    paths, references = [row.path for row in rows], [row.translation for row in rows]
     results = translate(model, paths, "st", source, target, search, **options)
-    references = [row.translation for row in rows]
     failed = write_results(rows, references, results, tsv)
     return score([r.text for r in results], references, target) | {"failed": failed}
 
 
-def write_results(
-    rows: list[Row], references: list[str], results: list[Translation], tsv: Path | None
-) -> int:
-    """Name the clips that failed, write a line for each to `tsv`. -> how many failed
+def write_results(rows: list[Row], references: list, results: list, tsv: Path | None) -> int:
+    """Write a line for each clip to `tsv`. Name the clips that failed, and return their number.
 
-    Nothing is dropped: a clip that failed counts as an empty hypothesis and is named.
+    A clip that failed counts as an empty hypothesis: without it the score would be too good.
     """
-    failed = [result.error for result in results if result.error]
-    for error in failed:
-        print(f"scored as an empty text: {error}", file=sys.stderr)
     if tsv:
-        lines = ["clip\treference\thypothesis\tscore\terror"]
-        for row, reference, result in zip(rows, references, results, strict=True):
-            cells = row.path.name, reference, result.text, str(result.score), result.error or ""
-            lines.append("\t".join(map(one_line, cells)))
-        tsv.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return len(failed)
-
-
-def one_line(text: str) -> str:
-    """Text that stays in its cell and on its line."""
-    return " ".join(text.split())
+        cells = [
+            (row.path.name, reference, result.text, result.score, result.error)
+            for row, reference, result in zip(rows, references, results, strict=True)
+        ]
+        write_table(tsv, ("clip", "reference", "hypothesis", "score", "error"), cells)
+    errors = [result.error for result in results if result.error]
+    for error in errors:
+        print(f"scored as an empty text: {error}", file=sys.stderr)
+    return len(errors)
 
 
 def describe(direction: str, scores: dict) -> str:
-    """Scores as one line for a reader, the signature with them."""
-    found = [f"{name} {scores[key]:.1f}" for key, name in FIGURES.items() if key in scores]
-    return f"{direction} on {scores['n']} clips: {', '.join(found)}  ({scores['signature']})"
+    """The scores of a direction on one line, with their signature."""
+    figures = [f"{name} {scores[key]:.1f}" for key, name in FIGURES.items() if key in scores]
+    return f"{direction} on {scores['n']} clips: {', '.join(figures)}  ({scores['signature']})"
 
 
 # ------------------------------------------------------------------------------------- command line
 
 
 def newest_run(runs: Path) -> Path:
-    """The run whose model was saved last."""
+    """The folder in `runs` whose model was saved last."""
     saved = sorted(runs.glob("*/llast.json"), key=lambda path: path.stat().st_mtime)
     if not saved:
         raise FileNotFoundError(f"no trained model in {runs}; make one with: python train.py")
@@ -512,47 +480,46 @@ def newest_run(runs: Path) -> Path:
 
 
 def audio_paths(arguments: list[str]) -> list[Path]:
-    """Clips named one by one, all audio of a folder, or the lines of a .txt file, in order."""
+    """The clips that arguments name: files, folders, and .txt files with a path on each line."""
     paths = []
     for argument in map(Path, arguments):
-        if os.path.isdir(argument):  # unlike Path's, for a name of any length
-            inside = sorted(p for p in argument.iterdir() if p.suffix.lower() in AUDIO_FILES)
-            if not inside:
-                raise FileNotFoundError(f"{argument} holds no {', '.join(AUDIO_FILES)} file")
-            paths += inside
-        elif argument.suffix == ".txt":
-            if not argument.is_file():
-                raise FileNotFoundError(f"{argument}: no such file")
-            try:
-                lines = argument.read_text(encoding="utf-8-sig").splitlines()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{argument} is not in UTF-8; save it as UTF-8") from error
-            listed = [argument.parent / line.strip() for line in lines if line.strip()]
-            if not listed:
-                raise ValueError(f"{argument} names no clip; expected a path a line")
-            paths += listed
-        else:
-            paths.append(argument)
+        clips = [argument]
+        if os.path.isdir(argument):  # Path.is_dir raises an error for a name that is too long
+            clips = clips_in(argument)
+        elif argument.suffix == ".txt":  # surrogateescape: a file name need not be UTF-8
+            lines = argument.read_text("utf-8-sig", "surrogateescape").splitlines()
+            clips = [argument.parent / line.strip() for line in lines if line.strip()]
+        if not clips:
+            raise ValueError(f"{argument} names no clip; expected {', '.join(AUDIO_FILES)}")
+        paths += clips
     return paths
 
 
-def choose_direction(model: LLaST, lang: str | None, where: Path, task: str) -> tuple[str, str]:
-    """Source and target: as asked ("fr" or "en-de"), or the only one that the model has learnt.
+def clips_in(folder: Path) -> list[Path]:
+    """The audio files of a folder. Those of a format that cannot be read are named."""
+    files = sorted(folder.iterdir())
+    for file in files:
+        if file.suffix.lower() in OTHER_AUDIO_FILES:
+            print(f"skipped, convert it first: {convert_command(file)}", file=sys.stderr)
+    return [file for file in files if file.suffix.lower() in AUDIO_FILES]
 
-    A transcript has no target, so for task "asr" any direction of a source will do.
+
+def choose_direction(model: LLaST, lang: str | None, folder: Path, task: str) -> tuple[str, str]:
+    """Source and target that `lang` names ("fr" or "en-de"), or the only ones of the model.
+
+    A transcript has no target, so for the task "asr" any direction with that source is chosen.
     """
-    known = parse_directions(",".join(model.config.directions))
-    names = ", ".join(map("-".join, known))
-    fits = [pair for pair in known if lang is None or lang in (pair[0], "-".join(pair))]
+    trained = parse_directions(",".join(model.config.directions))
+    names = ", ".join(map("-".join, trained))
+    fitting = [pair for pair in trained if lang in (None, pair[0], "-".join(pair))]
     if task == "asr":
-        fits = list(dict(fits).items())
-    if not fits:
-        if (task, lang) != ("asr", "en"):
-            parse_directions(lang)  # a mistyped language has an error of its own
-        raise ValueError(f"{where} was not trained on {lang!r}; it knows {names}")
-    if len(fits) > 1:
-        raise ValueError(f"{where} knows {names}; say which with --lang")
-    return fits[0]
+        fitting = list(dict(fitting).items())
+    if lang and (task, lang) != ("asr", "en"):
+        parse_directions(lang)  # an unknown language has its own error message
+    if len(fitting) != 1:
+        problem = f"--lang is {lang or 'missing'}, but {folder} was trained on {names}"
+        raise ValueError(f"{problem}; name one of these with --lang")
+    return fitting[0]
 
 
 def add_options(parser: argparse.ArgumentParser):
@@ -579,15 +546,9 @@ def check_options(args: argparse.Namespace):
             )
     if not abs(args.length_penalty) <= 10:
         raise ValueError(f"--length-penalty is {args.length_penalty}; expected -10 to 10")
-    if args.lang and "," in args.lang:
-        raise ValueError(f"--lang is {args.lang}; name one direction, it is for all audio files")
     if getattr(args, "n_best", 1) > args.beams:
         n = args.n_best
         raise ValueError(f"--n-best {n} needs at least {n} beams, but --beams is {args.beams}")
-
-
-def search_options(args: argparse.Namespace) -> SearchOptions:
-    return SearchOptions(args.beams, args.length_penalty, args.max_new_tokens)
 
 
 def load_model(args: argparse.Namespace) -> tuple[LLaST, Path]:
@@ -616,11 +577,10 @@ def show(result: Translation, as_json: bool, n_best: int = 1):
         print_json(asdict(result))
     elif result.error:
         print(result.error, file=sys.stderr)
-    elif n_best == 1:
-        print(f"{result.path}\t{one_line(result.text)}", flush=True)
     else:
         for best in result.n_best:
-            print(f"{result.path}\t{best['score']:.3f}\t{one_line(best['text'])}", flush=True)
+            score = f"{best['score']:.3f}\t" if n_best > 1 else ""
+            print(f"{result.path}\t{score}{' '.join(best['text'].split())}", flush=True)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -642,11 +602,10 @@ def run(args: argparse.Namespace) -> int:
     model, folder = load_model(args)
     direction = choose_direction(model, args.lang, folder, args.task)
     options = {"batch_size": args.batch, "n_best": args.n_best, "progress": len(paths) > args.batch}
+    search = SearchOptions(args.beams, args.length_penalty, args.max_new_tokens)
     failed = False
     with phase("even with one clip at a time", "fewer --beams or --max-new-tokens need less"):
-        clips = translate_in_order(
-            model, paths, args.task, *direction, search_options(args), **options
-        )
+        clips = translate_in_order(model, paths, args.task, *direction, search, **options)
         for result in clips:
             show(result, args.json, args.n_best)
             failed |= result.error is not None

@@ -38,7 +38,6 @@ from translate import (
     read_splits,
     run_command,
     score,
-    search_options,
     show,
     translate,
     write_results,
@@ -219,6 +218,10 @@ def check_writable(file: Path):
     file.open("a").close()
     if not exists:
         file.unlink()
+
+
+def search_options(args: argparse.Namespace) -> SearchOptions:
+    return SearchOptions(args.beams, args.length_penalty, args.max_new_tokens)
 
 
 def run_task(model: LLaST, clips: list, task: str, *languages_and_search, **options):
