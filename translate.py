@@ -431,7 +431,7 @@ def read_splits(corpus: Path, source: str, target: str, wanted=()) -> dict[str, 
     for reason in reasons[:5]:
         print(f"cannot be used for {reason}", file=sys.stderr)
     if reasons:
-        print(f"{source}-{target}: {len(reasons)} rows cannot be used, see above", file=sys.stderr)
+        print(f"{source}-{target}: rows that cannot be used: {len(reasons)}", file=sys.stderr)
     return splits
 
 
@@ -514,7 +514,7 @@ def choose_direction(model: LLaST, lang: str | None, folder: Path, task: str) ->
     fitting = [pair for pair in trained if lang in (None, pair[0], "-".join(pair))]
     if task == "asr":
         fitting = list(dict(fitting).items())
-    if lang and (task, lang) != ("asr", "en"):
+    if not fitting and (task, lang) != ("asr", "en"):
         parse_directions(lang)  # an unknown language has its own error message
     if len(fitting) != 1:
         problem = f"--lang is {lang or 'missing'}, but {folder} was trained on {names}"

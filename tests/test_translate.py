@@ -22,6 +22,7 @@ from data import Row
 from llama import Llama, LlamaConfig
 from llast import LLaST
 from translate import (
+    Clip,
     Hypothesis,
     Piece,
     SearchOptions,
@@ -341,11 +342,12 @@ def test_pieces_are_joined_as_the_language_that_is_written(
 
 def test_pieces_without_a_word_leave_no_gap():
     texts = ("one", -1.0), ("", -2.0), ("two", -1.5)
-    pieces = [
-        Piece(0, "long.wav", i, i + 1, hypotheses=[Hypothesis([], score, i, text)])
+    clip = Clip("long.wav")
+    clip.pieces = [
+        Piece(i, i + 1, hypotheses=[Hypothesis([], score, i, text)])
         for i, (text, score) in enumerate(texts)
     ]
-    result = translate.join_pieces(pieces, 1, space=" ")
+    result = translate.join_pieces(clip, 1, space=" ")
     assert (result.text, result.score, len(result.pieces)) == ("one two", -1.5, 3)
     assert result.tokens == 0 + 1 + 2
 
@@ -544,12 +546,12 @@ def test_to_transcribe_any_direction_of_the_language_will_do():
 @pytest.mark.parametrize(
     "lang, task, answer",
     [
-        (None, "st", "run knows en-de, en-zh-CN, fr-en; say which with --lang"),
-        ("en", "st", "run knows en-de, en-zh-CN, fr-en; say which with --lang"),
-        (None, "asr", "run knows en-de, en-zh-CN, fr-en; say which with --lang"),
-        ("de", "st", "run was not trained on 'de'; it knows en-de, en-zh-CN, fr-en"),
-        ("zh-CN", "st", "run was not trained on 'zh-CN'"),
-        ("en-ja", "st", "run was not trained on 'en-ja'"),
+        (None, "st", "--lang is missing, but run was trained on en-de, en-zh-CN, fr-en; name"),
+        ("en", "st", "--lang is en, but run was trained on en-de, en-zh-CN, fr-en; name one"),
+        (None, "asr", "--lang is missing, but run was trained on"),
+        ("de", "st", "--lang is de, but run was trained on en-de, en-zh-CN, fr-en; name one"),
+        ("zh-CN", "st", "--lang is zh-CN, but"),
+        ("en-ja", "st", "--lang is en-ja, but"),
         ("french", "st", "unknown language 'french'; did you mean 'fr'"),
     ],
 )
@@ -628,19 +630,19 @@ def test_mistakes_are_answered_with_what_to_do_and_exit_code_2(command, quick, c
     toys.save_model(made, made / "two", ("de-en", "fr-en"))
     empty = made / "empty.txt"
     empty.write_text("\n\n")
-    latin = made / "latin.txt"
-    latin.write_bytes("été.wav".encode("latin-1"))
     for arguments, answer in (
         (["--model", clips, clip], f"{clips} is no saved LLaST: it has no llast.json"),
         ([*quick, "--lang", "french", clip], "unknown language 'french'; did you mean 'fr'"),
-        ([*quick, "--lang", "de", clip], "was not trained on 'de'; it knows fr"),
-        (["--model", made / "two", clip], "knows de-en, fr-en; say which with --lang"),
-        ([*quick, made / "trained"], "holds no .wav"),
+        ([*quick, "--lang", "de", clip], "--lang is de, but"),
+        (
+            ["--model", made / "two", clip],
+            "was trained on de-en, fr-en; name one of these with --lang",
+        ),
+        ([*quick, made / "trained"], "names no clip; expected .wav"),
         ([*quick, made / "list.txt"], "list.txt"),
         ([*quick, empty], "names no clip"),
-        ([*quick, latin], "latin.txt is not in UTF-8"),
-        ([*quick, "--lang", "fr,de", clip], "name one direction, it is for all audio files"),
-        ([*quick, "--lang", "en", "--task", "asr", clip], "was not trained on 'en'; it knows fr"),
+        ([*quick, "--lang", "fr,de", clip], "--lang is fr,de, but"),
+        ([*quick, "--lang", "en", "--task", "asr", clip], "--lang is en, but"),
         ([*quick, "--length-penalty", 1000, clip], "--length-penalty is 1000.0; expected -10 to"),
         ([*quick, "--length-penalty", "nan", clip], "--length-penalty is nan; expected -10 to"),
     ):
