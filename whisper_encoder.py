@@ -7,9 +7,13 @@ transformers' WhisperEncoder for the names. The decoder of a Whisper checkpoint 
 A clip enters alone or in any batch with the same result: tests/test_whisper_encoder.py.
 """
 
+import io
 import json
 import math
 import os
+import re
+import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -32,101 +36,203 @@ WINDOWS = ("30s", "clip")
 
 # --------------------------------------------------------------------------- sound file -> waveform
 
-MAX_SECONDS = 30  # Whisper's window; a longer clip has no place in it
-MAX_PEAK = 32  # times full scale: 30 dB more than any recording should have
+MAX_SECONDS = 30  # Whisper's window
+MAX_PEAK = 32  # times full scale, 30 dB above any normal recording
+MIN_RATE, MAX_RATE = 1_000, 400_000  # samples per second
+MIN_MONO = 1e-3  # power of the mean of the channels, as a share of the power of the channels
+BLOCK = 1 << 16  # samples per channel that are decoded at once
+UNKNOWN = 1 << 40  # libsndfile reports at least so many samples if it does not know the length
+AUDIO_FILES = tuple(".wav .flac .ogg .oga .opus .mp3 .mp2 .aif .aiff .au .caf .w64 .sph".split())
+OTHER_AUDIO_FILES = tuple(".m4a .mp4 .aac .webm .wma .amr .3gp .mka .mkv .mov".split())
+CONVERT = "convert it with ffmpeg -i FILE OUTPUT.flac"
 
 
 class AudioError(ValueError):
-    """A clip that cannot be used, and why."""
+    """A clip that cannot be used, with its path and the reason."""
 
     def __init__(self, path, reason: str):
         super().__init__(f"{path}: {reason}")
         self.path, self.reason = path, reason
 
 
-def open_audio(path: Path) -> soundfile.SoundFile:
-    """The file, opened, once it is known to be one that can be read."""
-    if not os.path.isfile(path):  # unlike Path.is_file, False for a name of any length
-        raise AudioError(path, "no such file")
-    if path.stat().st_size == 0:
-        raise AudioError(path, "the file is empty")
-    try:
-        file = soundfile.SoundFile(path)
-    except soundfile.LibsndfileError as error:
-        reason = error.error_string
-        if "does not exist" in reason:  # what libsndfile says where it finds no frames of an mp3
-            reason = "no mp3 audio in it"
-        raise AudioError(path, f"not readable as audio ({reason})") from error
-    except TypeError as error:  # soundfile asks for the rate of a file that ends in .raw
-        raise AudioError(path, "not readable as audio (it has no header)") from error
-    if file.frames > 1 << 40:  # what a FLAC that was streamed says of itself
-        raise AudioError(path, "its header does not say how long it is; convert it once more")
+class Endless(io.BytesIO):
+    """The bytes of an mp3 file, with a size that is far too large.
+
+    An mp3 need not state its length. libsndfile then estimates it from the size of the file and
+    reads no further, so it would cut many files. With this size it reads until no bytes are left.
+    """
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if (offset, whence) == (0, os.SEEK_END):
+            return super().seek(1 << 60)
+        return super().seek(offset, whence)
+
+
+KNOWN_START = rb"ID3|\xff[\xe2-\xff]|RIFF|OggS|fLaC|FORM"  # the first two are those of an mp3
+MP3_FRAME = b"\xff\xfb\x90\0"  # the start of a frame, by which libsndfile recognises an mp3
+# A silent first frame of an mp3 ("Xing frame") that states how many frames follow
+MP3_LENGTH = (
+    rb"(?s)\xff[\xe2-\xff]..(..)?(\0{9}|\0{17}|\0{32})(Xing|Info)\0\0\0[\1\3\5\7\t\v\r\x0f]"
+)
+# In libsndfile's log: bytes of sound by the header, bytes of sound in the file
+DATA_SIZE = r"(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)"
+
+
+def open_bytes(data: bytes) -> soundfile.SoundFile:
+    """Open a sound file. The length of an mp3 is exact if a frame states it, and UNKNOWN if not."""
+    raw = io.BytesIO(data)
+    file = soundfile.SoundFile(raw)
+    tags_and_first_frame = data[: raw.tell()]
+    if file.format == "MP3" and not re.search(MP3_LENGTH, tags_and_first_frame):
+        return soundfile.SoundFile(Endless(data))
     return file
 
 
+def open_audio(path: Path) -> soundfile.SoundFile:
+    """Open a sound file that can be read to its end."""
+    if not os.path.isfile(path):  # unlike Path.is_file, False for a name of any length
+        forms = ("NFC", "NFD")  # é as one character, and as e with an accent
+        twins = [path.parent / unicodedata.normalize(form, path.name) for form in forms]
+        twin = any(map(os.path.isfile, twins))
+        hint = "; a file exists whose name is written with other Unicode characters" if twin else ""
+        raise AudioError(path, f"no such file{hint}")
+    try:
+        data = path.read_bytes()
+        if path.suffix.lower() in (".mp3", ".mp2") and not re.match(KNOWN_START, data):
+            data = MP3_FRAME + data  # the decoder skips bytes until a whole frame
+        file = open_bytes(data)
+    except OSError as error:
+        raise AudioError(path, f"not readable ({error.strerror})") from error
+    except soundfile.LibsndfileError as error:
+        reason = error.error_string
+        if "does not exist" in reason:  # what libsndfile says if it finds no frame of an mp3
+            reason = "no mp3 frame in its first 64 kB"
+        raise AudioError(path, f"not readable as audio ({reason})") from error
+    if fault := find_fault(file, data):
+        raise AudioError(path, fault)
+    return file
+
+
+def find_fault(file: soundfile.SoundFile, data: bytes) -> str:
+    """The reason why an open file would not be read as it is, or "". data: the whole file"""
+    if not MIN_RATE <= file.samplerate <= MAX_RATE:
+        return f"its header states {file.samplerate} Hz, not {MIN_RATE} to {MAX_RATE} Hz"
+    if file.frames == 0:
+        return f"its header states no samples (the file has {len(data)} bytes); {CONVERT}"
+    if file.format == "OGG" and data.count(b"OggS\0\2") > 1:  # first pages of a stream
+        return f"several Ogg files in one, of which only the first could be read; {CONVERT}"
+    if file.format != "MP3" and (file.frames >= UNKNOWN or "MPEG" in file.subtype):
+        return f"a {file.format} file ({file.subtype}) that does not state its length; {CONVERT}"
+    nist = re.match(rb"NIST_1A.{,1000}?sample_count -i (\d+)", data, re.DOTALL)
+    is_cut = nist and int(nist[1]) > file.frames
+    for stated, present in re.findall(DATA_SIZE, file.extra_info):
+        is_cut = is_cut or int(present) < int(stated) < 0x7FFF0000  # larger: it was not known
+    return "cut short: its header states more samples than the file has" if is_cut else ""
+
+
+def read_blocks(path: Path, file: soundfile.SoundFile) -> Iterator[Tensor]:
+    """Decode an open file until no samples are left. Yields (samples, channels)."""
+    n = 0
+    try:
+        while len(block := file.read(BLOCK, "float32", always_2d=True)):
+            yield torch.from_numpy(block)
+            n += len(block)
+    except soundfile.LibsndfileError as error:
+        raise AudioError(path, f"the data is damaged ({error.error_string})") from error
+    if n < file.frames < UNKNOWN:
+        raise AudioError(path, f"cut short, {n} of {file.frames} samples are there")
+    rest = file.name.read()  # file.name is what was opened: the bytes
+    if file.format == "MP3" and len(rest) > 512 and is_mp3(rest):
+        raise AudioError(path, f"several mp3 files in one, or damaged; {CONVERT}")
+
+
+def is_mp3(data: bytes) -> bool:
+    """Whether bytes are an mp3. Tags are not and one frame of padding is not."""
+    try:
+        return len(open_bytes(MP3_FRAME + data).read(4096)) == 4096
+    except soundfile.LibsndfileError:
+        return False
+
+
 def audio_seconds(path) -> float:
-    """How long a clip is by its header, without decoding it."""
-    with open_audio(Path(path)) as file:
-        return file.frames / file.samplerate
+    """Length of a clip. Only a file that does not state its length is decoded."""
+    with open_audio(path := Path(path)) as file:
+        if file.frames < UNKNOWN:
+            return file.frames / file.samplerate
+        return sum(len(block) for block in read_blocks(path, file)) / file.samplerate
 
 
 def load_audio(path) -> Tensor:
-    """Any file that soundfile reads (wav, flac, ogg, mp3) -> (N,) at 16 kHz, mono, full scale 1."""
-    path = Path(path)
-    with open_audio(path) as file:
-        promised, rate = file.frames, file.samplerate
-        try:
-            samples = file.read(promised, "float32", always_2d=True)
-        except soundfile.LibsndfileError as error:
-            raise AudioError(path, f"not readable as audio ({error.error_string})") from error
-    audio = torch.from_numpy(samples).mean(dim=1)  # (N,)
-    if len(audio) == 0:
+    """Decode a sound file to (N,) at 16 kHz, mono, full scale 1."""
+    blocks, power, mono_power = [], 0.0, 0.0
+    with open_audio(path := Path(path)) as file:
+        for block in read_blocks(path, file):
+            mono = block.mean(dim=1)
+            blocks.append(mono)
+            power += block.square().mean(dim=1).sum()
+            mono_power += mono.square().sum()
+    if not blocks:
         raise AudioError(path, "the clip has no samples")
-    if len(audio) < promised:
-        raise AudioError(path, f"cut short, {len(audio)} of {promised} samples are there")
-    if not audio.isfinite().all():
-        raise AudioError(path, "the clip holds samples that are not numbers (NaN or infinite)")
-    if (peak := audio.abs().max()) > MAX_PEAK:  # floats that stand for 16-bit integers, say
-        raise AudioError(path, f"its samples reach {peak:.0f}; full scale is 1")
-    return resample(audio, rate, SAMPLE_RATE)
+    if mono_power < MIN_MONO * power:
+        raise AudioError(path, "its channels cancel each other (opposite phase); keep one of them")
+    audio = torch.cat(blocks)  # (N,)
+    peak = audio.norm(torch.inf)  # also of samples that are not numbers
+    if not peak <= MAX_PEAK:  # for example 16-bit integers, stored as floats
+        raise AudioError(path, f"its samples reach {peak:g}, but full scale is 1")
+    del blocks, block, mono
+    return resample(audio, file.samplerate, SAMPLE_RATE)
 
 
-ZEROS = 48  # zero crossings of the sinc on either side: more make the cut-off steeper
-KAISER_BETA = 8.0  # shape of the window: about 80 dB of attenuation beyond the cut-off
-ROLLOFF = 0.945  # the middle of the transition, as a part of the lower Nyquist frequency
+ZEROS = 48  # zero crossings of the sinc on each side; more make the cut-off steeper
+KAISER_BETA = 8.0  # shape of the window; attenuation above the cut-off is about 80 dB
+ROLLOFF = 0.945  # middle of the transition, as a share of the lower Nyquist frequency
+PHASES = 32  # output samples that one matrix product computes from one window of the input
+ROWS = 1024  # windows of the input that are copied at once
 
 
-@lru_cache(maxsize=8)
-def sinc_table(from_step: int, to_step: int) -> Tensor:
-    """A low-pass filter for each position between two input samples. -> (to_step, taps)"""
-    cutoff = ROLLOFF * min(1, to_step / from_step)  # as a part of the input's Nyquist frequency
-    half = math.ceil(ZEROS / cutoff)  # input samples that the filter sees on either side
-    phase = torch.arange(to_step, dtype=torch.float64)[:, None] / to_step
-    t = cutoff * (torch.arange(-half, half + 1) - phase)  # (to_step, taps)
-    width = (1 - (t / ZEROS) ** 2).clamp(min=0).sqrt()
-    kaiser = torch.special.i0(KAISER_BETA * width) / torch.special.i0(torch.tensor(KAISER_BETA))
-    return (cutoff * torch.sinc(t) * kaiser).float()
+@lru_cache(maxsize=512)
+def sinc_filters(cutoff: float, from_step: int, to_step: int, first: int) -> Tensor:
+    """Low-pass filters for the output samples from first on. -> (width, PHASES or fewer)
+
+    A column is the filter of one output sample. All columns start at the same input sample.
+    """
+    reach = math.ceil(ZEROS / cutoff)
+    position = torch.arange(first, min(first + PHASES, to_step)) * from_step
+    centre = position // to_step  # last input sample before each output sample
+    width = 2 * reach + 1 + int(centre[-1] - centre[0])
+    tap = torch.arange(width)[:, None] - reach + centre[0] - centre
+    t = cutoff * (tap - (position % to_step).double() / to_step)
+    kaiser = torch.special.i0(KAISER_BETA * (1 - (t / ZEROS) ** 2).clamp(min=0).sqrt())
+    kaiser = kaiser / torch.special.i0(torch.tensor(KAISER_BETA))
+    return torch.where(tap.abs() <= reach, cutoff * torch.sinc(t) * kaiser, 0).float()
 
 
 def resample(audio: Tensor, from_rate: int, to_rate: int) -> Tensor:
     """Band-limited interpolation with a Kaiser-windowed sinc. (N,) -> (ceil(N to/from),)
 
-    Nothing above the lower of the two Nyquist frequencies survives, so nothing folds back.
+    Frequencies above the lower of the two Nyquist frequencies are removed: there is no aliasing.
+    Each from_step input samples become to_step output samples. So every to_step-th output sample
+    has the same filter, and its windows of the input are from_step apart: a strided convolution.
     """
     if from_rate == to_rate:
         return audio
     divisor = math.gcd(from_rate, to_rate)
     from_step, to_step = from_rate // divisor, to_rate // divisor
-    table = sinc_table(from_step, to_step)
-    half = table.shape[1] // 2
-    windows = torch.nn.functional.pad(audio, (half, half)).unfold(0, table.shape[1], 1)  # (N, taps)
+    repeat = math.ceil(PHASES / to_step)  # 48 kHz -> 16 kHz is 3 : 1, but 96 : 32 is faster
+    from_step, to_step = from_step * repeat, to_step * repeat
+    cutoff = ROLLOFF * min(1, to_step / from_step)  # as a share of the input's Nyquist frequency
+    reach = math.ceil(ZEROS / cutoff)  # input samples that a filter uses on each side
 
-    n_out = math.ceil(len(audio) * to_step / from_step)
-    pieces = []
-    for start in range(0, n_out, SAMPLE_RATE):  # a piece at a time, to keep memory small
-        j = torch.arange(start, min(start + SAMPLE_RATE, n_out)) * from_step
-        pieces.append((windows[j // to_step] * table[j % to_step]).sum(dim=1))
-    return torch.cat(pieces)
+    n_rows = math.ceil(len(audio) / from_step)
+    padded = F.pad(audio, (reach, reach + n_rows * from_step - len(audio)))
+    result = torch.empty(n_rows, to_step, dtype=audio.dtype)
+    for first in range(0, to_step, PHASES):
+        filters = sinc_filters(cutoff, from_step, to_step, first).double()
+        windows = padded[first * from_step // to_step :].unfold(0, len(filters), from_step)
+        for row in range(0, n_rows, ROWS):  # a few at a time, because their copy is large
+            rows = slice(row, min(row + ROWS, n_rows))
+            result[rows, first : first + PHASES] = windows[rows].double() @ filters
+    return result.flatten()[: math.ceil(len(audio) * to_step / from_step)]
 
 
 # ------------------------------------------------------------------------------ waveform -> log-mel

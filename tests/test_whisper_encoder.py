@@ -2,8 +2,12 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,11 +19,15 @@ import make_golden
 from make_golden import FRAMES, GOLDEN, SHORT
 from toys import FAULTS, WHISPER, fill, made_up, shard, tone, whisper_folder, write
 from whisper_encoder import (
+    KAISER_BETA,
     MAX_SAMPLES,
+    ROLLOFF,
     STEP,
+    ZEROS,
     AudioError,
     WhisperConfig,
     WhisperEncoder,
+    audio_seconds,
     clip_to_mel,
     load_audio,
     log_mel_spectrogram,
@@ -38,6 +46,10 @@ def middle(audio: torch.Tensor) -> np.ndarray:
     return audio.double().numpy()[320:-320]
 
 
+def assert_close(ours, theirs, atol):
+    torch.testing.assert_close(ours, torch.as_tensor(theirs), rtol=0, atol=atol)
+
+
 # ----------------------------------------------------------------------------------------- resample
 
 
@@ -54,6 +66,28 @@ def test_tones_that_16_khz_cannot_hold_vanish_instead_of_folding_back(rate):
     for hertz in (8100, 9000, 0.49 * rate):
         heard = middle(resample(torch.tensor(tone(hertz, rate)).float(), rate, 16000))
         assert 20 * np.log10(np.abs(heard).max()) < -60, f"{hertz} Hz"
+
+
+def resample_slowly(audio, from_rate: int, to_rate: int):
+    """One filter and one window of the input for each output sample. (N,) -> (ceil(N to/from),)"""
+    divisor = math.gcd(from_rate, to_rate)
+    from_step, to_step = from_rate // divisor, to_rate // divisor
+    cutoff = ROLLOFF * min(1, to_step / from_step)
+    half = math.ceil(ZEROS / cutoff)
+    phase = torch.arange(to_step, dtype=torch.float64)[:, None] / to_step
+    t = cutoff * (torch.arange(-half, half + 1) - phase)  # (to_step, taps)
+    width = (1 - (t / ZEROS) ** 2).clamp(min=0).sqrt()
+    kaiser = torch.special.i0(KAISER_BETA * width) / torch.special.i0(torch.tensor(KAISER_BETA))
+    table = (cutoff * torch.sinc(t) * kaiser).float()
+    windows = torch.nn.functional.pad(audio, (half, half)).unfold(0, table.shape[1], 1)
+    j = torch.arange(math.ceil(len(audio) * to_step / from_step)) * from_step
+    return (windows[j // to_step] * table[j % to_step]).sum(dim=1)
+
+
+@pytest.mark.parametrize("rate", (*RATES, 11025, 12000, 32000, 96000))
+def test_resampling_equals_one_filter_for_each_output_sample(rate):
+    audio = torch.rand(100_001, generator=torch.Generator().manual_seed(rate)) - 0.5
+    assert_close(resample(audio, rate, 16000), resample_slowly(audio, rate, 16000), 2e-7)
 
 
 def test_resampling_to_the_same_rate_changes_nothing():
@@ -109,12 +143,8 @@ def test_telephone_formats_that_cannot_be_sought_in_are_read(tmp_path, subtype):
     np.testing.assert_allclose(heard, said[320:-320], atol=0.1)
 
 
-def test_a_clip_that_cannot_be_used_is_named_with_the_reason(tmp_path):
+def test_an_unusable_clip_is_an_error_with_its_name_and_the_reason(tmp_path):
     noise = np.random.default_rng(0).normal(size=16000) * 0.1
-    whole = write(tmp_path / "whole.flac", noise).read_bytes()
-    (tmp_path / "half.flac").write_bytes(whole[: len(whole) // 2])
-    whole = write(tmp_path / "whole.mp3", noise).read_bytes()
-    (tmp_path / "half.mp3").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "empty.wav").touch()
     (tmp_path / "bare.raw").write_bytes(bytes(999))
     (tmp_path / "text.mp3").write_text("Not a sound. " * 99)
@@ -123,26 +153,198 @@ def test_a_clip_that_cannot_be_used_is_named_with_the_reason(tmp_path):
     write(tmp_path / "loud.wav", [0.1, -9000, 0.1], subtype="FLOAT")
     write(tmp_path / "nan.wav", [0.1, np.nan, 0.1], subtype="FLOAT")
     write(tmp_path / "infinite.wav", [0.1, np.inf, 0.1], subtype="FLOAT")
+    write(tmp_path / "slow.wav", noise, 999)
+    write(tmp_path / "fast.wav", noise, 400_001)
+    write(tmp_path / "opposite.wav", np.stack([noise, -noise], axis=1))
+    size_0 = bytearray(write(tmp_path / "size 0.wav", noise).read_bytes())
+    at = size_0.index(b"data")
+    size_0[at + 4 : at + 8] = bytes(4)
+    (tmp_path / "size 0.wav").write_bytes(size_0)
     for name, reason in {
         "missing.wav": "no such file",
-        "empty.wav": "the file is empty",
+        "empty.wav": "not readable as audio",
         "random.wav": "not readable as audio",
-        "bare.raw": "it has no header",
-        "loud.wav": "reach 9000; full scale is 1",
-        "text.mp3": "no mp3 audio in it",
+        "bare.raw": "not readable as audio",
+        "loud.wav": "its samples reach 9000, but full scale is 1",
+        "text.mp3": "no mp3 frame",
         "x" * 300 + ".wav": "no such file",
-        "half.flac": "not readable as audio|cut short",
-        "half.mp3": "not readable as audio|cut short",
-        "silent.wav": "no samples",
-        "nan.wav": "not numbers",
-        "infinite.wav": "not numbers",
+        "silent.wav": r"states no samples \(the file has \d+ bytes\)",
+        "nan.wav": "its samples reach nan",
+        "infinite.wav": "its samples reach inf",
+        "slow.wav": "its header states 999 Hz, not 1000 to 400000 Hz",
+        "fast.wav": "its header states 400001 Hz",
+        "opposite.wav": "its channels cancel each other",
+        "size 0.wav": r"states no samples \(the file has 32044 bytes\)",
     }.items():
         with pytest.raises(AudioError, match=f"{name}: .*({reason})"):
             load_audio(tmp_path / name)
 
 
-def assert_close(ours, theirs, atol):
-    torch.testing.assert_close(ours, torch.as_tensor(theirs), rtol=0, atol=atol)
+@pytest.mark.parametrize(
+    "format", ("WAV", "WAVEX", "RF64", "AIFF", "AU", "W64", "NIST", "CAF", "FLAC")
+)
+def test_a_file_that_is_shorter_than_its_header_states_is_an_error(tmp_path, format):
+    noise = np.random.default_rng(0).normal(size=(16000, 2)) * 0.1
+    data = write(tmp_path / "whole", noise, format=format).read_bytes()
+    assert audio_seconds(tmp_path / "whole") == 1.0 and len(load_audio(tmp_path / "whole")) == 16000
+    (tmp_path / "cut").write_bytes(data[: len(data) * 3 // 4])
+    with pytest.raises(AudioError, match="cut short|damaged|malformed"):
+        load_audio(tmp_path / "cut")
+
+
+def test_a_wav_whose_size_was_not_known_when_it_was_begun_is_read(tmp_path):
+    data = bytearray(write(tmp_path / "a.wav", tone(440, 16000)).read_bytes())
+    at = data.index(b"data")
+    data[4:8] = data[at + 4 : at + 8] = b"\xff" * 4  # as ffmpeg writes it into a pipe
+    (tmp_path / "pipe.wav").write_bytes(data)
+    assert torch.equal(load_audio(tmp_path / "pipe.wav"), load_audio(tmp_path / "a.wav"))
+
+
+def test_file_names_need_not_be_utf8(tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.wav"))
+    shutil.copy(write(tmp_path / "a.wav", tone(440, 16000)), path)
+    assert torch.equal(load_audio(path), load_audio(tmp_path / "a.wav"))
+
+
+@pytest.mark.parametrize("there, wanted", (("NFC", "NFD"), ("NFD", "NFC")))
+def test_a_name_in_another_unicode_form_is_reported(tmp_path, there, wanted):
+    write(tmp_path / unicodedata.normalize(there, "été.wav"), tone(440, 16000))
+    with pytest.raises(AudioError, match="no such file; .* written with other Unicode characters"):
+        load_audio(tmp_path / unicodedata.normalize(wanted, "été.wav"))
+
+
+# ---------------------------------------------------------------------------------------------- mp3
+
+
+def without_xing_frame(mp3: bytes) -> bytes:
+    """An mp3 that does not state its length, as programs write it that cannot seek."""
+    return mp3[mp3.index(mp3[:2], 2) :]
+
+
+@pytest.fixture(scope="module")
+def mp3s(tmp_path_factory):
+    """Bytes of an mp3 of 2 s and of the same file without its Xing frame."""
+    folder = tmp_path_factory.mktemp("mp3")
+    sound = np.random.default_rng(0).normal(size=32000) * 0.1
+    how = dict(rate=16000, bitrate_mode="VARIABLE", compression_level=0.9)
+    stated = write(folder / "a.mp3", sound, **how).read_bytes()
+    return {"stated": stated, "not stated": without_xing_frame(stated)}
+
+
+def test_an_mp3_that_does_not_state_its_length_is_read_to_its_end(tmp_path, mp3s):
+    file = tmp_path / "a.mp3"
+    file.write_bytes(mp3s["not stated"])
+    estimate = soundfile.info(file).frames
+    assert estimate < 32000, "libsndfile's estimate is right, so nothing is tested"
+    audio, seconds = load_audio(file), audio_seconds(file)
+    assert 2.0 <= seconds < 2.2 and len(audio) == math.ceil(seconds * 16000)
+    file.write_bytes(mp3s["stated"])
+    stated = load_audio(file)
+    assert len(stated) == 32000 and audio_seconds(file) == 2.0
+    delays = range(len(audio) - 32000)  # an mp3 without the frame keeps the encoder's delay
+    assert any(torch.equal(audio[delay:][:32000], stated) for delay in delays)
+
+
+TAG = b"ID3\3\0\0\0\x10\0\0"  # its size, 7 bits per byte, is 0x10 << 14
+TAGS = {
+    "picture": (TAG + b"APIC\0\3\xff\xf6\0\0" + b"\xff\xfb\x90\0" * (0x3FFF6 // 4) + bytes(2), b""),
+    "old tag": (b"", b"TAG" + b"x" * 125),
+    "other bytes": (b"\0" * 5000, b""),
+    "APE": (b"", b"APETAGEX" + bytes(200)),
+}
+
+
+@pytest.mark.parametrize("tag", TAGS)
+@pytest.mark.parametrize("kind", ("stated", "not stated"))
+def test_tags_around_an_mp3_change_nothing(tmp_path, mp3s, kind, tag):
+    before, after = TAGS[tag]
+    (tmp_path / "a.mp3").write_bytes(mp3s[kind])
+    (tmp_path / "b.mp3").write_bytes(before + mp3s[kind] + after)
+    assert torch.equal(load_audio(tmp_path / "a.mp3"), load_audio(tmp_path / "b.mp3"))
+
+
+@pytest.mark.parametrize("second", ("stated", "not stated"))
+@pytest.mark.parametrize("between", (b"", b"TAG" + b"x" * 125, TAG[:6] + bytes(4)))
+def test_joined_mp3_files_are_an_error_if_the_first_states_its_length(
+    tmp_path, mp3s, second, between
+):
+    (tmp_path / "a.mp3").write_bytes(mp3s["stated"] + between + mp3s[second])
+    with pytest.raises(AudioError, match="several mp3 files in one"):
+        load_audio(tmp_path / "a.mp3")
+
+
+def test_joined_mp3_files_are_read_if_none_states_its_length(tmp_path, mp3s):
+    (tmp_path / "a.mp3").write_bytes(mp3s["not stated"])
+    (tmp_path / "b.mp3").write_bytes(mp3s["not stated"] * 2)
+    once, twice = audio_seconds(tmp_path / "a.mp3"), audio_seconds(tmp_path / "b.mp3")
+    assert twice == pytest.approx(2 * once, abs=0.05)
+
+
+def test_an_mp3_that_is_shorter_than_it_states_is_an_error(tmp_path, mp3s):
+    (tmp_path / "a.mp3").write_bytes(mp3s["stated"][: len(mp3s["stated"]) * 3 // 4])
+    with pytest.raises(AudioError, match="cut short|damaged"):
+        load_audio(tmp_path / "a.mp3")
+
+
+@pytest.mark.parametrize("subtype", ("VORBIS", "OPUS"))
+def test_joined_ogg_files_are_an_error(tmp_path, subtype):
+    data = write(tmp_path / "a.ogg", tone(440, 48000), 48000, subtype=subtype).read_bytes()
+    (tmp_path / "b.ogg").write_bytes(data + data)
+    with pytest.raises(AudioError, match="several Ogg files in one"):
+        load_audio(tmp_path / "b.ogg")
+
+
+# ------------------------------------------------------------------------------------------- ffmpeg
+
+needs_ffmpeg = pytest.mark.skipif(not shutil.which("ffmpeg"), reason="ffmpeg is not installed")
+
+
+def ffmpeg(*arguments, data: bytes = b"") -> bytes:
+    """What ffmpeg writes into a pipe."""
+    command = ["ffmpeg", "-v", "error", *map(str, arguments), "-"]
+    return subprocess.run(command, input=data, capture_output=True, check=True).stdout
+
+
+def assert_equals_ffmpeg(file: Path):
+    """ffmpeg's default decode: it leaves out the padding that a Xing frame states."""
+    with soundfile.SoundFile(file) as opened:
+        channels, rate = opened.channels, opened.samplerate
+    samples = np.frombuffer(ffmpeg("-i", file, "-f", "f32le"), np.float32)
+    expected = torch.from_numpy(samples.reshape(-1, channels).mean(axis=1))
+    assert audio_seconds(file) == len(expected) / rate
+    audio = load_audio(file)
+    expected = resample(expected, rate, 16000)
+    assert len(audio) == len(expected)
+    assert np.corrcoef(audio, expected)[0, 1] > 0.999
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("rate", (8000, 11025, 16000, 22050, 44100, 48000))
+@pytest.mark.parametrize("how", (("-b:a", "64k", "-ac", 1), ("-q:a", 4, "-ac", 2)))
+@pytest.mark.parametrize("tag", (("-id3v2_version", 0), ("-metadata", "title=" + "é" * 999)))
+def test_mp3_from_a_pipe_equals_the_decode_of_ffmpeg(tmp_path, rate, how, tag):
+    sound = np.random.default_rng(0).normal(size=rate) * 0.1 * (np.arange(rate) > rate // 2)
+    source = write(tmp_path / "a.wav", sound + 0.1 * tone(300, rate, 1), rate)
+    (tmp_path / "a.mp3").write_bytes(
+        ffmpeg("-i", source, *how, "-ar", rate, *tag, "-c:a", "libmp3lame", "-f", "mp3")
+    )
+    assert_equals_ffmpeg(tmp_path / "a.mp3")
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("name", ("a.mp3", "a.mp2", "a.opus", "a.aif", "a.au", "a.caf", "a.w64"))
+def test_files_equal_the_decode_of_ffmpeg(tmp_path, name):
+    source = write(tmp_path / "a.wav", 0.3 * tone(440, 48000, 1), 48000)
+    ffmpeg("-i", source, tmp_path / name, "-f", "null")
+    assert_equals_ffmpeg(tmp_path / name)
+
+
+@needs_ffmpeg
+def test_an_mp3_inside_a_wav_is_an_error(tmp_path):
+    source = write(tmp_path / "a.wav", tone(440, 44100), 44100)
+    (tmp_path / "b.wav").write_bytes(ffmpeg("-i", source, "-c:a", "libmp3lame", "-f", "wav"))
+    with pytest.raises(AudioError, match=r"\(MPEG_LAYER_III\) that does not state its length"):
+        load_audio(tmp_path / "b.wav")
 
 
 @pytest.fixture(scope="module")
