@@ -98,6 +98,8 @@ def open_audio(path: Path) -> soundfile.SoundFile:
         raise AudioError(path, f"no such file{hint}")
     try:
         data = path.read_bytes()
+        if not data:
+            raise AudioError(path, "the file is empty")
         if path.suffix.lower() in (".mp3", ".mp2") and not re.match(KNOWN_START, data):
             data = MP3_FRAME + data  # the decoder skips bytes until a whole frame
         file = open_bytes(data)
@@ -118,7 +120,7 @@ def find_fault(file: soundfile.SoundFile, data: bytes) -> str:
     if not MIN_RATE <= file.samplerate <= MAX_RATE:
         return f"its header states {file.samplerate} Hz, not {MIN_RATE} to {MAX_RATE} Hz"
     if file.frames == 0:
-        return f"its header states no samples (the file has {len(data)} bytes); {CONVERT}"
+        return f"the clip has no samples by its header, but {len(data)} bytes; {CONVERT}"
     if file.format == "OGG" and data.count(b"OggS\0\2") > 1:  # first pages of a stream
         return f"several Ogg files in one, of which only the first could be read; {CONVERT}"
     if file.format != "MP3" and (file.frames >= UNKNOWN or "MPEG" in file.subtype):
@@ -178,7 +180,7 @@ def load_audio(path) -> Tensor:
     audio = torch.cat(blocks)  # (N,)
     peak = audio.norm(torch.inf)  # also of samples that are not numbers
     if not peak <= MAX_PEAK:  # for example 16-bit integers, stored as floats
-        raise AudioError(path, f"its samples reach {peak:g}, but full scale is 1")
+        raise AudioError(path, f"samples are not numbers or too large: {peak:g}; full scale is 1")
     del blocks, block, mono
     return resample(audio, file.samplerate, SAMPLE_RATE)
 
