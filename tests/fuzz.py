@@ -116,7 +116,7 @@ def limit_and_run(folder: Path, program: str, words: list[str]) -> dict:
         result |= {
             "code": 1,
             "error": f"{type(error).__name__} at {place}",
-            "text": f"{error:.200}",
+            "text": f"{error!s:.200}",
         }
     sys.stdout.flush(), sys.stderr.flush()
     used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
