@@ -122,7 +122,7 @@ def test_a_folder_with_a_model_or_with_other_files_is_refused_and_left_alone(
     other.mkdir()
     (other / "love.txt").write_text("dear")
     assert run(monkeypatch, *flags_for(corpus, other)) == 2
-    assert "no run of this program" in capsys.readouterr().err
+    assert "not a run of this program" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -131,15 +131,17 @@ def test_a_folder_with_a_model_or_with_other_files_is_refused_and_left_alone(
         (("--lang", "german"), "did you mean 'de'"),
         (("--lang", "it"), "no it-en corpus in"),
         (("--data", "/nowhere"), "no fr-en corpus in /nowhere"),
-        (("--asr", "2"), "from 0 (none) to 1"),
+        (("--asr", "2"), "--asr is 2.0; it must be from 0 to 1"),
+        (("--dropout", "-0.1"), "--dropout is -0.1; it must be from 0 to 1"),
+        (("--max-failed", "nan"), "--max-failed is nan; it must be from 0 to 1"),
+        (("--llm-rank", "-1"), "--llm-rank is -1; it must be at least 0"),
         (("--preset", "llast-8b"), "get it with\n    hf download openai/whisper-large-v2"),
         (("--encoder", "/nowhere"), "/nowhere is no Whisper"),
-        (("--epochs", "0"), "--epochs is 0; 1 is the least"),
-        (("--accumulate", "0"), "--accumulate is 0; 1 is the least"),
-        (("--clips", "-5"), "--clips is -5; 1 is the least"),
-        (("--lr", "nan"), "--lr is nan; it has to be a number above 0"),
-        (("--asr", 2, "--plan"), "--asr is 2.0; it is a share"),
-        (("--out", __file__), "is no run of this program"),
+        (("--epochs", "0"), "--epochs is 0; it must be at least 1"),
+        (("--accumulate", "0"), "--accumulate is 0; it must be at least 1"),
+        (("--clips", "-5"), "--clips is -5; it must be at least 1"),
+        (("--lr", "nan"), "--lr is nan; it must be from"),
+        (("--out", __file__), "is not a run of this program"),
         (("--out", f"{__file__}/run", "--clips", 1), "Not a directory"),
     ],
 )
@@ -264,7 +266,7 @@ def test_what_is_made_ahead_comes_in_order_and_one_item_early():
             made.append(i)
             yield i
 
-    for i, (item, waited) in enumerate(train.timed(items(), ahead=True)):
+    for i, (item, waited) in enumerate(train.prefetch(items(), in_thread=True)):
         latest = time.monotonic() + 10
         while len(made) < min(i + 2, 4) and time.monotonic() < latest:
             time.sleep(0.001)  # the thread is at work
@@ -277,7 +279,7 @@ def test_what_goes_wrong_ahead_is_raised_where_it_is_used():
         yield 1
         raise ValueError("a broken table")
 
-    found = train.timed(items(), ahead=True)
+    found = train.prefetch(items(), in_thread=True)
     assert next(found)[0] == 1
     with pytest.raises(ValueError, match="a broken table"):
         next(found)

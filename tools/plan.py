@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository, whatever the folder is
 
-from data import every_nth, parse_directions, read_corpus
+from data import parse_directions, read_corpus
 from llama import Llama, LlamaConfig
 from llast import LLaST
 from tools.cost import encoder_flops, llm_flops, projector_flops
@@ -58,7 +58,7 @@ def mix(settings: Preset, most: int | None) -> tuple[list[tuple[str, int, int]],
     for source, target in parse_directions(settings.lang):
         if settings.data.is_dir():
             found = read_corpus(settings.data, source, target)[0]["train"]
-            found = every_nth(found, settings.en_step)[:most]
+            found = found[:most]
             if not found:
                 raise ValueError(f"the {source}-{target} corpus in {settings.data} has no clips")
             n, mean = len(found), sum(row.seconds for row in found) / len(found)
@@ -66,7 +66,6 @@ def mix(settings: Preset, most: int | None) -> tuple[list[tuple[str, int, int]],
         else:
             n, hours = COVOST_TRAIN[source]
             mean, share = 3600 * hours / n, 1.0
-            n = math.ceil(n / (settings.en_step if source == "en" else 1))
             n = min(n, most or n)
         asr = 0 if source in heard else round(settings.asr * share * n)
         rows.append((f"{source}-{target}", n, asr))
@@ -164,7 +163,7 @@ def print_plan(settings: Preset, clips: int | None):
     with torch.device("meta"):
         model = LLaST(model_config(settings), WhisperEncoder(Wc), Llama(Lc), tokenizer=None)
     rows, seconds = mix(settings, clips)
-    trained, frozen = print_parts(model)
+    trained, frozen = print_parts(model)["all"]
     heard = math.ceil(50 * seconds)  # 50 states a second
     P, S = heard + TEXT, Wc.max_source_positions if settings.window == "30s" else heard
     B = max(1, settings.batch // P)

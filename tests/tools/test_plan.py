@@ -47,8 +47,6 @@ def test_the_papers_systems_have_their_number_of_parameters(capsys, preset):
 def test_the_papers_mix_has_its_number_of_rows(capsys):
     out = planned(capsys, "llast-2b")
     assert "an epoch    2,065,970 rows" in out
-    fewer = planned(capsys, "llast-2b", "--en-step", "10")
-    assert f"an epoch    {2_065_970 - 4 * (289_430 - 28_943):,} rows" in fewer
 
 
 def test_the_plan_says_what_to_fetch_and_how(capsys):
@@ -224,7 +222,7 @@ def test_translating_takes_the_memory_that_is_planned(built, monkeypatch, window
 
 
 @pytest.mark.parametrize(
-    "recompute, window", [*((part, "clip") for part in train.RECOMPUTE), ("none", "30s")]
+    "recompute, window", [*((part, "clip") for part in ("none", "llm", "all")), ("none", "30s")]
 )
 def test_arithmetic_is_what_a_training_step_does(built, recompute, window):
     # Wide, so that the LLM's attention, which the counter leaves out on a CPU, is a small part.
@@ -245,7 +243,7 @@ def test_arithmetic_is_what_a_training_step_does(built, recompute, window):
 
 def test_recomputed_gradients_are_the_gradients(built):
     found = []
-    for recompute in train.RECOMPUTE:
+    for recompute in ("none", "llm", "all"):
         torch.manual_seed(0)
         _, model, batch = built(dropout=0.1, recompute=recompute)
         chance = torch.Generator().manual_seed(1)
