@@ -147,10 +147,9 @@ def model_config(settings: Preset) -> LLaSTConfig:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    text = "Train a LLaST. Options that you leave out keep the value of the preset."
-    parser = argparse.ArgumentParser(description=text)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="tiny", help="the row of PRESETS to start from [tiny]")
+    add("--preset", choices=PRESETS, default="tiny", help="options that you leave out [tiny]")
     add("--lang", help="directions: fr (into English), fr,de, en-de, all, or paper for its nine")
     add("--data", type=Path, help="folder of a corpus that tools/prepare.py wrote")
     add("--encoder", type=Path, help="folder of a Whisper checkpoint")
@@ -185,8 +184,7 @@ def with_flags(preset: Preset, args: argparse.Namespace) -> Preset:
     limits |= dict.fromkeys(("asr", "dropout", "max_failed"), (0, 1)) | {"lr": (1e-9, 1)}
     for name, (low, high) in limits.items():
         if not low <= values[name] <= high:
-            option = f"--{name.replace('_', '-')} is {values[name]}"
-            raise ValueError(f"{option}; it must be from {low} to {high}")
+            raise ValueError(f"--{name.replace('_', '-')} is {values[name]}; use {low} to {high}")
     return settings
 
 
@@ -215,9 +213,9 @@ def by_direction(rows: list[Row]) -> dict[str, list[Row]]:
     return directions
 
 
-def print_corpora(splits: dict[str, list[Row]], batches: Batches):
+def print_corpora(splits: dict[str, list[Row]], batches: Batches, dev: Batches):
     """Print clips and minutes by direction and split, and the tasks of the first epoch."""
-    examples = [example for group in batches.groups(0) for example in group]
+    examples = [example for group in batches.groups(0) + dev.groups(0) for example in group]
     transcribed = by_direction([example.row for example in examples if example.task == "asr"])
     columns = "{:12}{:8}{:>8}{:>10}{:>12}{:>12}"
     print(
@@ -228,7 +226,11 @@ def print_corpora(splits: dict[str, list[Row]], batches: Batches):
             minutes = f"{sum(row.seconds for row in group) / 60:.1f}"
             n, n_asr = len(group), len(transcribed.get(direction, ())) if split == "train" else 0
             print(columns.format(direction, split, f"{n:,}", minutes, f"{n:,}", f"{n_asr:,}"))
-    print(f"{describe_overlap(splits['train'], splits['test'])}\n")
+    print(describe_overlap(splits["train"], splits["test"]))
+    if too_long := batches.too_long + dev.too_long:
+        first = ", ".join(f"{example.row.path} ({example.task})" for example in too_long[:5])
+        size = f"{len(too_long):,} rows are longer than --batch {batches.budget} positions"
+        print(f"{size} and are left out. The first: {first}")
 
 
 # ------------------------------------------------------------------------------------------- scores
@@ -388,7 +390,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(settings, args)
     batches = make_batches(model, splits["train"], settings, args.seed)
     dev = make_batches(model, splits["dev"], replace(settings, asr=0.0), args.seed)
-    print_corpora(splits, batches)
+    print_corpora(splits, batches, dev)
     report = Report(model, dev, settings, out)
     try:
         with report.bar:
@@ -438,8 +440,7 @@ def load_model(settings: Preset, args: argparse.Namespace) -> LLaST:
     """A new model on the device of this machine. Prints what it is made of."""
     torch.manual_seed(args.seed)
     device, dtype, reason = pick_device()
-    print(f"device      {reason}\nencoder     {short(settings.encoder)}")
-    print(f"LLM         {short(settings.llm)}\ncorpus      {short(settings.data)}")
+    print(f"{short(settings.encoder)}, {short(settings.llm)}, {short(settings.data)}; {reason}")
     with phase("while loading the models", SMALLER):
         model = LLaST.fresh(model_config(settings), dtype, device)
     model.speech_encoder.recompute = settings.recompute == "all"
@@ -466,8 +467,7 @@ def print_parts(model: LLaST) -> dict[str, list[int]]:
 
 
 def make_batches(model: LLaST, rows: list[Row], settings: Preset, seed: int = 0) -> Batches:
-    shared = model.tokenizer, settings.template, settings.batch, seed
-    return Batches(rows, settings.asr, *shared)
+    return Batches(rows, settings.asr, model.tokenizer, settings.template, settings.batch, seed)
 
 
 class Report:
@@ -518,8 +518,7 @@ def finish(model: LLaST, rows: list[Row], settings: Preset, out: Path, began: fl
     results["seconds"] = seconds = round(time.time() - began, 1)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"\n{seconds:.0f} s in all. The model and its scores are in {short(out)}. Try:")
-    clip = short(group[0].path)
-    print(f"    python translate.py --model {short(out)} --lang {direction} {clip}")
+    print(f"    python translate.py --model {short(out)} --lang {direction} {short(group[0].path)}")
 
 
 def main() -> int:
