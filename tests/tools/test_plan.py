@@ -68,7 +68,7 @@ def test_the_readme_says_what_the_plan_says(capsys, preset):
 def test_training_without_the_weights_says_how_to_get_them(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "llast-8b"])
     assert train.main() == 2
-    assert "whisper-large-v2 is not there; get it with" in capsys.readouterr().err
+    assert "whisper-large-v2 does not exist; get it with" in capsys.readouterr().err
 
 
 def test_the_embedded_default_is_planned_on_its_own_corpus(capsys):
