@@ -1,10 +1,11 @@
-"""Whisper's encoder: waveform -> log-mel spectrogram -> one vector for every 20 ms of speech.
+"""Whisper's encoder: sound file -> waveform -> log-mel spectrogram -> one vector per 20 ms.
 
     waveform (N,) -> log-mel (M, 2S) -> two convolutions, the second with stride 2 -> S states of Da
 
 Paper: Whisper (2212.04356). References: openai/whisper audio.py and model.py for the numbers,
 transformers' WhisperEncoder for the names. The decoder of a Whisper checkpoint is not needed here.
-A clip enters alone or in any batch with the same result: tests/test_whisper_encoder.py.
+A clip has the same states alone and in any batch: tests/test_whisper_encoder.py.
+Sizes: B batch, N samples, M mel bins, S states, n needed states, Da width, H heads, Dh head width.
 """
 
 import io
@@ -26,22 +27,23 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-SAMPLE_RATE = 16_000  # samples a second
-N_FFT = 400  # samples, 25 ms: one Fourier transform
-HOP = 160  # samples, 10 ms: one mel frame
-STEP = 2 * HOP  # samples, 20 ms: one encoder state, because the second convolution has stride 2
-MAX_SAMPLES = 30 * SAMPLE_RATE  # Whisper was trained on windows of exactly this length
+SAMPLE_RATE = 16_000  # samples per second
+N_FFT = 400  # samples (25 ms) of one Fourier transform
+HOP = 160  # samples (10 ms) per mel frame
+STEP = 2 * HOP  # samples (20 ms) per encoder state: the second convolution has stride 2
+MAX_SECONDS = 30  # Whisper was trained on windows of this length
+MAX_SAMPLES = MAX_SECONDS * SAMPLE_RATE
 WINDOWS = ("30s", "clip")
 
 
 # --------------------------------------------------------------------------- sound file -> waveform
 
-MAX_SECONDS = 30  # Whisper's window
 MAX_PEAK = 32  # times full scale, 30 dB above any normal recording
 MIN_RATE, MAX_RATE = 1_000, 400_000  # samples per second
 MIN_MONO = 1e-3  # power of the mean of the channels, as a share of the power of the channels
 BLOCK = 1 << 16  # samples per channel that are decoded at once
-UNKNOWN = 1 << 40  # libsndfile reports at least so many samples if it does not know the length
+UNKNOWN = 1 << 40  # libsndfile reports more samples than this if it does not know the length
+# Suffixes of the files that libsndfile can read, and of those that need CONVERT first.
 AUDIO_FILES = tuple(".wav .flac .ogg .oga .opus .mp3 .mp2 .aif .aiff .au .caf .w64 .sph".split())
 OTHER_AUDIO_FILES = tuple(".m4a .mp4 .aac .webm .wma .amr .3gp .mka .mkv .mov".split())
 CONVERT = "convert it with ffmpeg -i FILE OUTPUT.flac"
@@ -68,22 +70,20 @@ class Endless(io.BytesIO):
         return super().seek(offset, whence)
 
 
-KNOWN_START = rb"ID3|\xff[\xe2-\xff]|RIFF|OggS|fLaC|FORM"  # the first two are those of an mp3
-MP3_FRAME = b"\xff\xfb\x90\0"  # the start of a frame, by which libsndfile recognises an mp3
-# A silent first frame of an mp3 ("Xing frame") that states how many frames follow
-MP3_LENGTH = (
-    rb"(?s)\xff[\xe2-\xff]..(..)?(\0{9}|\0{17}|\0{32})(Xing|Info)\0\0\0[\1\3\5\7\t\v\r\x0f]"
-)
-# In libsndfile's log: bytes of sound by the header, bytes of sound in the file
+KNOWN_START = rb"ID3|\xff[\xe2-\xff]|RIFF|OggS|fLaC|FORM"  # an mp3 starts with one of the first two
+MP3_FRAME = b"\xff\xfb\x90\0"  # the start of a frame
+# An mp3 may begin with a silent frame that states how many frames follow (the Xing frame).
+XING = rb"(?s)\xff[\xe2-\xff]..(..)?(\0{9}|\0{17}|\0{32})(Xing|Info)\0\0\0[\1\3\5\7\t\v\r\x0f]"
+# How libsndfile's log reports the size of the samples: by the header, and in the file.
 DATA_SIZE = r"(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)"
 
 
 def open_bytes(data: bytes) -> soundfile.SoundFile:
-    """Open a sound file. The length of an mp3 is exact if a frame states it, and UNKNOWN if not."""
+    """Open the bytes of a sound file. file.frames is its exact length, or more than UNKNOWN."""
     raw = io.BytesIO(data)
     file = soundfile.SoundFile(raw)
     tags_and_first_frame = data[: raw.tell()]
-    if file.format == "MP3" and not re.search(MP3_LENGTH, tags_and_first_frame):
+    if file.format == "MP3" and not re.search(XING, tags_and_first_frame):
         return soundfile.SoundFile(Endless(data))
     return file
 
@@ -91,17 +91,16 @@ def open_bytes(data: bytes) -> soundfile.SoundFile:
 def open_audio(path: Path) -> soundfile.SoundFile:
     """Open a sound file that can be read to its end."""
     if not os.path.isfile(path):  # unlike Path.is_file, False for a name of any length
-        forms = ("NFC", "NFD")  # é as one character, and as e with an accent
-        twins = [path.parent / unicodedata.normalize(form, path.name) for form in forms]
-        twin = any(map(os.path.isfile, twins))
-        hint = "; a file exists whose name is written with other Unicode characters" if twin else ""
+        names = [unicodedata.normalize(form, path.name) for form in ("NFC", "NFD")]
+        exists = any(os.path.isfile(path.parent / name) for name in names)
+        hint = "; the same name in the other Unicode form exists: rename it" if exists else ""
         raise AudioError(path, f"no such file{hint}")
     try:
         data = path.read_bytes()
         if not data:
             raise AudioError(path, "the file is empty")
         if path.suffix.lower() in (".mp3", ".mp2") and not re.match(KNOWN_START, data):
-            data = MP3_FRAME + data  # the decoder skips bytes until a whole frame
+            data = MP3_FRAME + data  # now it is known as mp3; the decoder finds the first frame
         file = open_bytes(data)
     except OSError as error:
         raise AudioError(path, f"not readable ({error.strerror})") from error
@@ -116,24 +115,24 @@ def open_audio(path: Path) -> soundfile.SoundFile:
 
 
 def find_fault(file: soundfile.SoundFile, data: bytes) -> str:
-    """The reason why an open file would not be read as it is, or "". data: the whole file"""
+    """The reason why a file cannot be read completely, or "". data: all bytes of the file"""
     if not MIN_RATE <= file.samplerate <= MAX_RATE:
         return f"its header states {file.samplerate} Hz, not {MIN_RATE} to {MAX_RATE} Hz"
     if file.frames == 0:
         return f"the clip has no samples by its header, but {len(data)} bytes; {CONVERT}"
-    if file.format == "OGG" and data.count(b"OggS\0\2") > 1:  # first pages of a stream
+    if file.format == "OGG" and data.count(b"OggS\0\2") > 1:  # first page of a stream
         return f"several Ogg files in one, of which only the first could be read; {CONVERT}"
     if file.format != "MP3" and (file.frames >= UNKNOWN or "MPEG" in file.subtype):
         return f"a {file.format} file ({file.subtype}) that does not state its length; {CONVERT}"
     nist = re.match(rb"NIST_1A.{,1000}?sample_count -i (\d+)", data, re.DOTALL)
     is_cut = nist and int(nist[1]) > file.frames
     for stated, present in re.findall(DATA_SIZE, file.extra_info):
-        is_cut = is_cut or int(present) < int(stated) < 0x7FFF0000  # larger: it was not known
+        is_cut = is_cut or int(present) < int(stated) < 0x7FFF0000  # more means "not known yet"
     return "cut short: its header states more samples than the file has" if is_cut else ""
 
 
 def read_blocks(path: Path, file: soundfile.SoundFile) -> Iterator[Tensor]:
-    """Decode an open file until no samples are left. Yields (samples, channels)."""
+    """Decode an open file to its end. Yields (samples, channels)."""
     n = 0
     try:
         while len(block := file.read(BLOCK, "float32", always_2d=True)):
@@ -143,13 +142,13 @@ def read_blocks(path: Path, file: soundfile.SoundFile) -> Iterator[Tensor]:
         raise AudioError(path, f"the data is damaged ({error.error_string})") from error
     if n < file.frames < UNKNOWN:
         raise AudioError(path, f"cut short, {n} of {file.frames} samples are there")
-    rest = file.name.read()  # file.name is what was opened: the bytes
+    rest = file.name.read()  # file.name is the BytesIO that was opened
     if file.format == "MP3" and len(rest) > 512 and is_mp3(rest):
         raise AudioError(path, f"several mp3 files in one, or damaged; {CONVERT}")
 
 
 def is_mp3(data: bytes) -> bool:
-    """Whether bytes are an mp3. Tags are not and one frame of padding is not."""
+    """Whether bytes have the sound of an mp3. Tags have none, and padding is too short."""
     try:
         return len(open_bytes(MP3_FRAME + data).read(4096)) == 4096
     except soundfile.LibsndfileError:
@@ -157,7 +156,7 @@ def is_mp3(data: bytes) -> bool:
 
 
 def audio_seconds(path) -> float:
-    """Length of a clip. Only a file that does not state its length is decoded."""
+    """Exact length of a clip. Only a file that does not state its length is decoded."""
     with open_audio(path := Path(path)) as file:
         if file.frames < UNKNOWN:
             return file.frames / file.samplerate
@@ -165,7 +164,7 @@ def audio_seconds(path) -> float:
 
 
 def load_audio(path) -> Tensor:
-    """Decode a sound file to (N,) at 16 kHz, mono, full scale 1."""
+    """Waveform of a sound file: 16 kHz, mono, full scale 1. -> (N,)"""
     blocks, power, mono_power = [], 0.0, 0.0
     with open_audio(path := Path(path)) as file:
         for block in read_blocks(path, file):
@@ -178,25 +177,25 @@ def load_audio(path) -> Tensor:
     if mono_power < MIN_MONO * power:
         raise AudioError(path, "its channels cancel each other (opposite phase); keep one of them")
     audio = torch.cat(blocks)  # (N,)
-    peak = audio.norm(torch.inf)  # also of samples that are not numbers
-    if not peak <= MAX_PEAK:  # for example 16-bit integers, stored as floats
+    peak = audio.norm(torch.inf)
+    if not peak <= MAX_PEAK:  # NaN, infinite, or for example 16-bit integers as floats
         raise AudioError(path, f"samples are not numbers or too large: {peak:g}; full scale is 1")
-    del blocks, block, mono
+    del blocks  # their memory is free before resample needs more
     return resample(audio, file.samplerate, SAMPLE_RATE)
 
 
 ZEROS = 48  # zero crossings of the sinc on each side; more make the cut-off steeper
 KAISER_BETA = 8.0  # shape of the window; attenuation above the cut-off is about 80 dB
 ROLLOFF = 0.945  # middle of the transition, as a share of the lower Nyquist frequency
-PHASES = 32  # output samples that one matrix product computes from one window of the input
-ROWS = 1024  # windows of the input that are copied at once
+PHASES = 32  # neighbouring output samples that are computed from one window of the input
+ROWS = 1024  # windows in one matrix product
 
 
 @lru_cache(maxsize=512)
 def sinc_filters(cutoff: float, from_step: int, to_step: int, first: int) -> Tensor:
-    """Low-pass filters for the output samples from first on. -> (width, PHASES or fewer)
+    """Low-pass filters of up to PHASES output samples, one per column. -> (width, columns)
 
-    A column is the filter of one output sample. All columns start at the same input sample.
+    All columns start at the same input sample, so the filters move down from column to column.
     """
     reach = math.ceil(ZEROS / cutoff)
     position = torch.arange(first, min(first + PHASES, to_step)) * from_step
@@ -212,9 +211,10 @@ def sinc_filters(cutoff: float, from_step: int, to_step: int, first: int) -> Ten
 def resample(audio: Tensor, from_rate: int, to_rate: int) -> Tensor:
     """Band-limited interpolation with a Kaiser-windowed sinc. (N,) -> (ceil(N to/from),)
 
-    Frequencies above the lower of the two Nyquist frequencies are removed: there is no aliasing.
-    Each from_step input samples become to_step output samples. So every to_step-th output sample
-    has the same filter, and its windows of the input are from_step apart: a strided convolution.
+    It removes frequencies above the lower of the two Nyquist frequencies, so nothing aliases.
+    from_step input samples become to_step output samples (44.1 kHz: 441 become 160). So every
+    to_step-th output sample has the same filter: a convolution with to_step filters and stride
+    from_step, here as matrix products. They add in float64, because a filter has many terms.
     """
     if from_rate == to_rate:
         return audio
@@ -231,7 +231,7 @@ def resample(audio: Tensor, from_rate: int, to_rate: int) -> Tensor:
     for first in range(0, to_step, PHASES):
         filters = sinc_filters(cutoff, from_step, to_step, first).double()
         windows = padded[first * from_step // to_step :].unfold(0, len(filters), from_step)
-        for row in range(0, n_rows, ROWS):  # a few at a time, because their copy is large
+        for row in range(0, n_rows, ROWS):  # a few at a time, because windows overlap: a big copy
             rows = slice(row, min(row + ROWS, n_rows))
             result[rows, first : first + PHASES] = windows[rows].double() @ filters
     return result.flatten()[: math.ceil(len(audio) * to_step / from_step)]
@@ -242,13 +242,14 @@ def resample(audio: Tensor, from_rate: int, to_rate: int) -> Tensor:
 
 @lru_cache
 def mel_filters(n_mels: int) -> Tensor:
-    """Triangles that sum Fourier bins into mel bins, equal in area. -> (M, N_FFT/2 + 1)
+    """Weights that sum Fourier bins into mel bins: triangles of equal area. -> (M, N_FFT/2 + 1)
 
-    The Slaney mel scale (linear below 1 kHz, logarithmic above), as Whisper's mel_filters.npz.
+    The mel scale is Slaney's: linear below 1 kHz, logarithmic above. Equal to Whisper's
+    mel_filters.npz.
     """
     linear_step = 200 / 3  # Hz per mel below 1 kHz
-    log_step = math.log(6.4) / 27  # of the logarithm of the frequency, per mel, above it
-    knee = 1000 / linear_step  # mel
+    log_step = math.log(6.4) / 27  # log Hz per mel above 1 kHz
+    knee = 1000 / linear_step  # 1 kHz in mel
 
     top = knee + math.log(SAMPLE_RATE / 2 / 1000) / log_step
     mels = torch.linspace(0, top, n_mels + 2, dtype=torch.float64)
@@ -264,33 +265,32 @@ def mel_filters(n_mels: int) -> Tensor:
 
 
 def log_mel_spectrogram(audio: Tensor, n_mels: int) -> Tensor:
-    """Whisper's picture of sound. (..., N) at 16 kHz, full scale 1 -> (..., M, N // HOP)
+    """Whisper's input. (..., N) at 16 kHz, full scale 1 -> (..., M, N // HOP)
 
-    Each waveform of a batch is scaled by its own loudest point, so its picture does not depend on
-    its neighbours.
+    Each waveform of a batch is limited by its own maximum, so it does not depend on the others.
     """
     window = torch.hann_window(N_FFT, device=audio.device)
     spectrum = torch.stft(audio, N_FFT, HOP, window=window, return_complex=True)
-    spectrum = spectrum[..., :-1]  # the last frame is half outside the clip
+    spectrum = spectrum[..., :-1]  # half of the last frame is outside the clip
     power = spectrum.real**2 + spectrum.imag**2
     mel = mel_filters(n_mels).to(audio.device) @ power
 
     log = mel.clamp(min=1e-10).log10()
-    loudest = log.amax(dim=(-2, -1), keepdim=True)
-    log = torch.maximum(log, loudest - 8)  # keep 80 dB under the loudest point
+    maximum = log.amax(dim=(-2, -1), keepdim=True)
+    log = torch.maximum(log, maximum - 8)  # a range of 80 dB
     return (log + 4) / 4
 
 
 def n_states(n_samples: int) -> int:
-    """How many encoder states a clip is worth: one for each STEP that it has begun."""
+    """Number of encoder states of a clip: one per STEP, also for an incomplete last one."""
     return math.ceil(n_samples / STEP)
 
 
 def clip_to_mel(audio: Tensor, n_mels: int, window: str) -> Tensor:
-    """The log-mel of one clip as the encoder wants it. (N,) -> (M, 2S)
+    """Log-mel spectrogram of one clip, padded with silence. (N,) -> (M, 2S)
 
-    window "30s" pads the clip with silence to Whisper's own window; "clip" pads it only to a whole
-    STEP, which costs a short clip a small part of the work. Neither looks at any other clip.
+    window "30s" pads to 30 s, as in Whisper's training. "clip" pads only to a whole STEP, so a
+    short clip needs much less work.
     """
     if window not in WINDOWS:
         raise ValueError(f"window is {window!r}; it can be one of {WINDOWS}")
@@ -308,7 +308,7 @@ def clip_to_mel(audio: Tensor, n_mels: int, window: str) -> Tensor:
 
 @dataclass(frozen=True)
 class WhisperConfig:
-    """The part of a Whisper checkpoint's config.json that shapes the encoder."""
+    """The fields of a Whisper checkpoint's config.json that the encoder needs."""
 
     num_mel_bins: int  # M
     d_model: int  # Da
@@ -330,9 +330,9 @@ class WhisperConfig:
 
 
 class SelfAttention(nn.Module):
-    """Every state looks at every real state of its own clip. (B, S, Da) -> (B, S, Da)
+    """Each state attends to all states of its clip, but not to padding. (B, S, Da) -> (B, S, Da)
 
-    Given n, only the first n look: (B, n, Da).
+    With n, only the first n states are computed: (B, n, Da).
     """
 
     def __init__(self, config: WhisperConfig):
@@ -340,7 +340,7 @@ class SelfAttention(nn.Module):
         Da = config.d_model
         self.n_heads = config.encoder_attention_heads
         self.q_proj = nn.Linear(Da, Da)
-        self.k_proj = nn.Linear(Da, Da, bias=False)  # a shift of all keys would cancel in softmax
+        self.k_proj = nn.Linear(Da, Da, bias=False)  # softmax would cancel a bias of all keys
         self.v_proj = nn.Linear(Da, Da)
         self.out_proj = nn.Linear(Da, Da)
 
@@ -356,9 +356,9 @@ class SelfAttention(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Attention, then a two-layer MLP; each reads normed states and adds to them.
+    """Attention, then an MLP. Each reads normalised states and adds its result to them.
 
-    Given n, to the first n alone, which are returned.
+    With n, only the first n states are computed and returned.
     """
 
     def __init__(self, config: WhisperConfig):
@@ -368,7 +368,7 @@ class EncoderLayer(nn.Module):
         self.self_attn_layer_norm = nn.LayerNorm(Da)
         self.fc1 = nn.Linear(Da, config.encoder_ffn_dim)
         self.fc2 = nn.Linear(config.encoder_ffn_dim, Da)
-        self.final_layer_norm = nn.LayerNorm(Da)  # the checkpoint's name for the norm of the MLP
+        self.final_layer_norm = nn.LayerNorm(Da)  # of the MLP; this is its name in checkpoints
 
     def forward(self, x: Tensor, can_attend: Tensor | None, n: int | None = None) -> Tensor:
         x = x[:, :n] + self.self_attn(self.self_attn_layer_norm(x), can_attend, n)  # (B, n, Da)
@@ -376,7 +376,7 @@ class EncoderLayer(nn.Module):
 
 
 class WhisperEncoder(nn.Module):
-    """The encoder half of Whisper, with the checkpoint's names."""
+    """The encoder of Whisper. Modules have the names of the checkpoint."""
 
     def __init__(self, config: WhisperConfig):
         super().__init__()
@@ -387,15 +387,17 @@ class WhisperEncoder(nn.Module):
         self.embed_positions = nn.Embedding(config.max_source_positions, Da)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.layer_norm = nn.LayerNorm(Da)
-        self.recompute = False  # keep a layer's input only, and run it again in the backward pass
+        self.recompute = (
+            False  # activation checkpointing: run each layer again in the backward pass
+        )
 
     def forward(self, mel: Tensor, lengths: Tensor | None = None, n: int | None = None) -> Tensor:
-        """mel (B, M, 2S); lengths (B,) states of each clip, None if all fill S -> (B, S, Da)
+        """mel (B, M, 2S), lengths (B,) in states (None: all have S) -> (B, S, Da)
 
-        Beyond a clip's length the states mean nothing, and nothing before it depends on them.
+        States after the length of a clip are padding. They have no meaning and no influence.
 
-        Where only the first n states are needed, (B, n, Da) comes back: they look at all S, but the
-        last layer makes no others. In a 30 s window with a short clip that is most of a layer.
+        With n, the last layer computes only the first n states: (B, n, Da). They still attend to
+        all S. For a short clip in a window of 30 s this saves most of that layer.
         """
         B, M, frames = mel.shape
         S = frames // 2
@@ -408,8 +410,8 @@ class WhisperEncoder(nn.Module):
         if lengths is not None and bool((lengths < S).any()):
             is_real = torch.arange(S, device=mel.device) < lengths[:, None]  # (B, S)
             can_attend = is_real[:, None, None]  # (B, 1, 1, S)
-            # A convolution pads a lone clip with zeros, so in a batch zeros must follow it too. The
-            # second, with stride 2, never looks beyond a clip's last frame.
+            # The first convolution pads a single clip with zeros, so in a batch zeros must follow
+            # each clip. The second one has stride 2 and never reads after the last frame.
             is_frame = is_real.repeat_interleave(2, dim=1)[:, None]  # (B, 1, 2S)
             mel = torch.where(is_frame, mel, 0)  # (B, M, 2S)
 

@@ -209,7 +209,9 @@ def test_file_names_need_not_be_utf8(tmp_path):
 @pytest.mark.parametrize("there, wanted", (("NFC", "NFD"), ("NFD", "NFC")))
 def test_a_name_in_another_unicode_form_is_reported(tmp_path, there, wanted):
     write(tmp_path / unicodedata.normalize(there, "été.wav"), tone(440, 16000))
-    with pytest.raises(AudioError, match="no such file; .* written with other Unicode characters"):
+    with pytest.raises(
+        AudioError, match="no such file; the same name in the other Unicode form exists"
+    ):
         load_audio(tmp_path / unicodedata.normalize(wanted, "été.wav"))
 
 
