@@ -27,7 +27,6 @@ import math
 import os
 import random
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +44,7 @@ from whisper_encoder import (
     n_states,
 )
 
-LANGUAGES = {  # Common Voice's codes and the names that the prompt uses
+LANGUAGES = {  # codes of Common Voice -> names in the prompt
     "en": "English", "fr": "French", "es": "Spanish", "zh-CN": "Chinese", "de": "German",
     "ja": "Japanese", "ca": "Catalan", "it": "Italian", "ru": "Russian", "pt": "Portuguese",
     "fa": "Persian", "et": "Estonian", "mn": "Mongolian", "nl": "Dutch", "tr": "Turkish",
@@ -67,9 +66,8 @@ def check_language(code: str) -> str:
 
 # CoVoST-2 translates all other languages into English, and English into these.
 FROM_ENGLISH = "de tr fa sv-SE mn zh-CN cy ca sl et id ar ta lv ja".split()
-INTO_ENGLISH = [code for code in LANGUAGES if code != "en"]
 GROUPS = {
-    "all": ",".join([*INTO_ENGLISH, *(f"en-{code}" for code in FROM_ENGLISH)]),
+    "all": ",".join([*LANGUAGES, *(f"en-{code}" for code in FROM_ENGLISH)]).removeprefix("en,"),
     "paper": "fr,es,de,it,zh-CN,ja,en-ja,en-de,en-zh-CN",
 }
 
@@ -265,31 +263,20 @@ def describe_overlap(train: list, test: list) -> str:
     return "; ".join(parts)
 
 
-def every_nth(rows: list[Row], n: int) -> list[Row]:
-    """Sub-sampling of English: every n-th row of each direction from it, all rows of the others."""
-    if n < 1:
-        raise ValueError(f"--en-step is {n}; 1 keeps every row, 2 every second, and so on")
-    seen, kept = Counter(), []
-    for row in rows:
-        if row.source != "en" or seen[row.target] % n == 0:
-            kept.append(row)
-        seen[row.target] += row.source == "en"
-    return kept
-
-
 # ------------------------------------------------------------------------------------------ prompts
 
-# Pieces of a prompt that are not text. They become ids by name: a text that looks like one of them
-# does not pass for it (see llama.Tokenizer for the exception).
+# Special pieces of a prompt. They get their ids by name, so a "<s>" in a sentence of the corpus
+# stays text (llama.Tokenizer explains the exception).
 BOS, EOS, AUDIO = "<s>", "</s>", "<audio>"
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"  # a turn of ChatML
-AUDIO_ID = -300  # stands where the speech goes; no real token has it
-IGNORE = -100  # F.cross_entropy skips targets with this value; no real token has it
+AUDIO_ID = -300  # marks the place of the speech; no real token has this id
+IGNORE = -100  # F.cross_entropy skips targets with this value; no real token has this id
 
-# The pieces of a prompt, and last the one that closes the answer.
+# The pieces of a prompt. The last piece closes the answer.
 TEMPLATES = {
     "llama2": (BOS, "[INST] ", AUDIO, "\n{instruction} [/INST]", EOS),
-    # The original's string for TinyLlama, which has one </s> more than the model's own, below it.
+    # The prompt of the original LLaST for TinyLlama. It has one </s> more than TinyLlama's own
+    # prompt, which is tinyllama-chat.
     "tinyllama": (
         BOS, "<|user|>\n", AUDIO, "\n{instruction}", EOS, "\n<|assistant|>", EOS, "\n", EOS,
     ),
@@ -300,7 +287,7 @@ TEMPLATES = {
         BOS, IM_START, "user\n", AUDIO, "\n{instruction}", IM_END,
         "\n", IM_START, "assistant\n", IM_END,
     ),
-    "plain": (BOS, AUDIO, "\n{instruction}\n", EOS),  # for models that have learnt no chat
+    "plain": (BOS, AUDIO, "\n{instruction}\n", EOS),  # for models without chat training
 }  # fmt: skip
 INSTRUCTIONS = {
     "st": "Please translate the {source} sentence into {target}.",
@@ -309,9 +296,9 @@ INSTRUCTIONS = {
 
 
 def prompt_for(task: str, source: str, target: str, template: str = "llama2") -> list[str]:
-    """The pieces of a prompt, in order: text, and special pieces where those stand.
+    """The pieces of a prompt in order, text and special pieces.
 
-    task is "st" (translate) or "asr" (transcribe); source and target are language codes.
+    task is "st" (translate) or "asr" (transcribe). source and target are language codes.
     """
     if task not in INSTRUCTIONS or template not in TEMPLATES:
         raise ValueError(
@@ -324,7 +311,7 @@ def prompt_for(task: str, source: str, target: str, template: str = "llama2") ->
 
 
 def prompt_ids(pieces: list[str], tokenizer) -> list[int]:
-    """Token ids of a prompt, each piece of text on its own, AUDIO_ID once for all of the speech."""
+    """Token ids of a prompt. Each text is encoded separately; AUDIO_ID is there once."""
     special = {BOS: tokenizer.bos_id, EOS: tokenizer.eos_id, AUDIO: AUDIO_ID}
     ids = []
     for piece in pieces:
@@ -338,7 +325,7 @@ def prompt_ids(pieces: list[str], tokenizer) -> list[int]:
 
 
 def end_id(template: str, tokenizer) -> int:
-    """The token that closes an answer: learnt in training, and where a translation stops."""
+    """The token that closes an answer. A translation stops at this token."""
     return prompt_ids(TEMPLATES[template][-1:], tokenizer)[0]
 
 
@@ -347,7 +334,7 @@ def end_id(template: str, tokenizer) -> int:
 
 @dataclass(frozen=True)
 class Example:
-    """A clip and what to do with it."""
+    """A row and a task: "st" (translate) or "asr" (transcribe)."""
 
     row: Row
     task: str
@@ -380,10 +367,11 @@ class Batch:
 
 
 def examples_for(rows: list[Row], asr: float, seed: int, epoch: int) -> list[Example]:
-    """ASR-augmented sampling: every row to translate, the share `asr` of clips also to transcribe.
+    """Every row as an example to translate, and a random share `asr` of the clips to transcribe.
 
-    1.0 is the original's mix. A clip of several directions is transcribed once, one without a
-    sentence never. Shuffled as a function of (seed, epoch) alone.
+    This is ASR-augmented training (2407.15415); the original LLaST uses 1.0. A clip of several
+    directions is transcribed once, a clip without a sentence never. The order depends only on seed
+    and epoch.
     """
     if not 0 <= asr <= 1:
         raise ValueError(f"--asr is {asr}; it is a share, from 0 (none) to 1 (every clip)")
@@ -392,16 +380,17 @@ def examples_for(rows: list[Row], asr: float, seed: int, epoch: int) -> list[Exa
     for row in rows:
         if row.sentence.strip():
             spoken.setdefault(row.path, row)
-    heard = rng.sample(list(spoken.values()), round(asr * len(spoken)))
-    examples = [Example(row, "st") for row in rows] + [Example(row, "asr") for row in heard]
+    sample = rng.sample(list(spoken.values()), round(asr * len(spoken)))
+    examples = [Example(row, "st") for row in rows] + [Example(row, "asr") for row in sample]
     rng.shuffle(examples)
     return examples
 
 
 def group(examples: list, size_of, budget: int, seed: int, epoch: int) -> list[list]:
-    """Batches of similar size: rows times the longest row stays within `budget` positions.
+    """Put examples of similar size into one batch, because padding is lost work.
 
-    Sorting happens inside windows of the shuffled order, so that batches differ between epochs.
+    The number of rows times the longest row is at most `budget` positions. Sorting is limited to
+    windows of the shuffled order, so that the batches differ between epochs.
     """
     rng = random.Random(f"batches {seed} {epoch}")
     window = 50 * max(1, budget // max(1, max(map(size_of, examples))))
@@ -420,7 +409,7 @@ def group(examples: list, size_of, budget: int, seed: int, epoch: int) -> list[l
 
 
 def answer_row(example: Example, tokenizer, template: str) -> tuple[list[int], list[int]]:
-    """Ids of prompt, answer and end, and the labels: the answer and the end that closes it."""
+    """Ids (prompt, answer, end token) and labels (IGNORE for the prompt) of an example."""
     row = example.row
     prompt = prompt_ids(prompt_for(example.task, row.source, row.target, template), tokenizer)
     answer = tokenizer.encode(example.answer) + [end_id(template, tokenizer)]
@@ -429,8 +418,7 @@ def answer_row(example: Example, tokenizer, template: str) -> tuple[list[int], l
 
 def collate(examples: list[Example], tokenizer, template: str, read_audio=load_audio) -> Batch:
     """Read the clips and pad the rows."""
-    rows = [answer_row(example, tokenizer, template) for example in examples]
-    ids, labels = zip(*rows, strict=True)
+    ids, labels = zip(*(answer_row(example, tokenizer, template) for example in examples))
     return Batch(
         examples=examples,
         audio=[read_audio(example.row.path) for example in examples],
@@ -475,8 +463,9 @@ class Batches:
         examples = examples_for(self.rows, self.asr, self.seed, epoch)
         self.too_long = [e for e in examples if self.size_of(e) > self.budget]
         if len(self.too_long) == len(examples):
-            least = min(map(self.size_of, examples), default=0)
-            raise ValueError(f"--batch {self.budget} is too small: the shortest row has {least}")
+            raise ValueError(
+                f"none of {len(examples)} rows fits in --batch {self.budget} positions"
+            )
         examples = [e for e in examples if self.size_of(e) <= self.budget]
         # One position more than a row has: the scores in tiny/README.md are of these batches.
         return group(examples, lambda e: self.size_of(e) + 1, self.budget, self.seed, epoch)

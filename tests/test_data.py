@@ -525,19 +525,6 @@ def test_a_clip_without_a_sentence_is_only_translated():
     assert len(mix) == 21
 
 
-def test_every_nth_row_from_english_is_kept_in_order_and_all_others():
-    german = [replace(row, source="en", target="de") for row in ROWS]
-    japanese = [replace(row, source="en", target="ja") for row in ROWS]
-    rows = [row for three in zip(german, ROWS, japanese) for row in three]
-    kept = data.every_nth(rows, 3)
-    assert [row for row in kept if row.source == "fr"] == ROWS
-    assert [row for row in kept if row.target == "de"] == german[::3]
-    assert [row for row in kept if row.target == "ja"] == japanese[::3]
-    assert kept == sorted(kept, key=rows.index) and data.every_nth(rows, 1) == rows
-    with pytest.raises(ValueError, match="--en-step is 0"):
-        data.every_nth(rows, 0)
-
-
 def test_translating_answers_with_the_translation_and_transcribing_with_the_sentence():
     assert Example(ROWS[3], "st").answer == "said 3"
     assert Example(ROWS[3], "asr").answer == "dit 3"
@@ -666,7 +653,7 @@ def test_a_row_exactly_as_long_as_the_budget_is_kept(tokenizer):
     size = batches_of([ROWS[0]], tokenizer).size_of(example)
     batches = Batches([ROWS[0]], 0, tokenizer, "llama2", size, seed=1)
     assert batches.groups(0) == [[example]] and not batches.too_long
-    with pytest.raises(ValueError, match=f"--batch {size - 1} is too small.* row has {size}"):
+    with pytest.raises(ValueError, match=f"none of 1 rows fits in --batch {size - 1} positions"):
         Batches([ROWS[0]], 0, tokenizer, "llama2", size - 1, seed=1).groups(0)
 
 

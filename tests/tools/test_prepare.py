@@ -241,7 +241,7 @@ def test_mp3_files_streamed_by_ffmpeg_are_all_prepared(tmp_path):
         # The encoder adds at most two frames of silence at each end.
         assert 0 <= row.seconds - (1.7 + 0.31 * i) < 4 * 1152 / 22050
         original, clip = (command.load_audio(path) for path in (tmp_path / f"{i}.wav", row.path))
-        assert clip.std() == pytest.approx(original.std(), rel=0.1)
+        assert float(clip.std()) == pytest.approx(float(original.std()), rel=0.1)
 
 
 def test_a_split_without_a_usable_clip_makes_the_exit_code_1(common_voice, capsys):
