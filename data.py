@@ -135,8 +135,8 @@ def read_table(path: Path, columns, header=(), **dialect) -> Iterator[tuple[str,
     rows = csv.reader(read_lines(path), delimiter="\t", strict=True, **dialect)
     try:
         header = header or next(rows, [])
-        if missing := [name for name in columns if name not in header]:
-            raise csv.Error(f"no column {missing} in the header {header}")
+        if missing := [name for name in columns if header.count(name) != 1]:
+            raise csv.Error(f"the header needs the column {missing[0]} once, but is {header}")
         line = rows.line_num + 1
         for cells in rows:
             if len(cells) not in (0, len(header)):

@@ -261,18 +261,19 @@ class Converted:
 
 
 def convert(clip: Clip) -> Converted:
-    """Decode a clip to FLAC, 16 kHz, mono, 16 bits. A clip that is too long only if it is in test.
+    """Decode a clip and write it as FLAC, 16 kHz, mono, 16 bits.
 
-    The score counts every clip of the test set, so those stay, whatever is wrong with them.
+    A clip that is too long is only written if it is in test, where it is translated in pieces.
     """
     seconds = seconds_before(clip)
     was_there = seconds > 0
     try:
         if not was_there:
-            seconds = audio_seconds(clip.audio)
+            audio = load_audio(clip.audio)
+            seconds = len(audio) / SAMPLE_RATE
             if seconds > MAX_SECONDS and clip.entry.split != "test":
                 return Converted(0.0, "too long", f"{seconds:.1f} s")
-            seconds = write_flac(load_audio(clip.audio), clip.flac)
+            write_flac(audio, clip.flac)
     except AudioError as error:
         reasons = [REASONS[start] for start in REASONS if error.reason.startswith(start)]
         return Converted(0.0, *(reasons or ["undecodable"]), error.reason)
@@ -290,19 +291,20 @@ def seconds_before(clip: Clip) -> float:
         return 0.0
 
 
-def write_flac(audio: Tensor, flac: Path) -> float:
-    """Write (N,) samples and return their seconds. Samples beyond -1..1 are clipped.
-
-    The file gets its name only when it is complete.
-    """
+def write_flac(audio: Tensor, flac: Path):
+    """Write (N,) samples. Samples beyond -1..1 are clipped."""
     samples = (audio * 32768).round().clamp(-32768, 32767).to(torch.int16)
     file = io.BytesIO()
     soundfile.write(file, samples.numpy(), SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-    flac.parent.mkdir(parents=True, exist_ok=True)
-    part = flac.with_name(flac.name + PART)
-    part.write_bytes(file.getvalue())
-    part.replace(flac)
-    return len(samples) / SAMPLE_RATE
+    write_whole(flac, file.getvalue())
+
+
+def write_whole(path: Path, content: bytes):
+    """Write under another name first, so that a file with this name is always complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + PART)
+    part.write_bytes(content)
+    part.replace(path)
 
 
 def as_worker():
@@ -352,8 +354,8 @@ def prepare(args: argparse.Namespace, source: str, target: str) -> list[str]:
 
     (folder / "clips").mkdir(parents=True, exist_ok=True)
     # The report comes first: a folder with a report was prepared here.
-    report_file = folder / f"prepared.{direction}.json"
-    report_file.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    write_whole(folder / f"prepared.{direction}.json", text.encode())
     write_corpus(folder / f"{direction}.tsv", kept)
     print_report(report, sum(result.was_there for _, result in kept), folder)
     # A table of your own may be only a test set. The other corpora have all three splits.
