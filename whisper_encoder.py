@@ -140,8 +140,8 @@ def read_blocks(path: Path, file: soundfile.SoundFile) -> Iterator[Tensor]:
             n += len(block)
     except soundfile.LibsndfileError as error:
         raise AudioError(path, f"the data is damaged ({error.error_string})") from error
-    if n < file.frames < UNKNOWN:
-        raise AudioError(path, f"cut short, {n} of {file.frames} samples are there")
+    if n != file.frames < UNKNOWN:
+        raise AudioError(path, f"cut short or damaged, {n} of {file.frames} samples are there")
     rest = file.name.read()  # file.name is the BytesIO that was opened
     if file.format == "MP3" and len(rest) > 512 and is_mp3(rest):
         raise AudioError(path, f"several mp3 files in one, or damaged; {CONVERT}")
