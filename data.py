@@ -121,7 +121,7 @@ def write_table(path: Path, columns, rows):
 
 
 def quote(cell) -> str:
-    text = re.sub(r"[\t\r\n]+", " ", str(cell))
+    text = re.sub(r"[\t\r\n]+", " ", "" if cell is None else str(cell))
     return '"' + text.replace('"', '""') + '"' if '"' in text else text
 
 

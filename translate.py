@@ -24,22 +24,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+import whisper_encoder
 from data import Row, end_id, parse_directions, prompt_for, prompt_ids, read_corpus, write_table
 from llama import Cache, Llama
 from llast import LLaST, phase, pick_device
 from lora import merge_lora
 from whisper_encoder import MAX_SECONDS, SAMPLE_RATE, AudioError, audio_seconds, load_audio
 
-AUDIO_FILES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".mp2", ".aif", ".aiff", ".au", ".caf", ".w64", ".sph")  # fmt: skip
-OTHER_AUDIO_FILES = (".m4a", ".mp4", ".aac", ".webm", ".wma", ".amr", ".3gp", ".mka", ".mkv", ".mov")  # fmt: skip
-
-
-def convert_command(path):
-    return f'ffmpeg -i "{path}" "{Path(path).with_suffix("")}-converted.flac"'
-
-
 HERE = Path(__file__).parent
-UNSPACED = ("zh-CN", "ja")  # languages that are written without spaces between words
+# Languages without spaces between words, and sacreBLEU's tokenizer for each. For the others it is
+# 13a. With another tokenizer BLEU is a different number.
+TOKENIZERS = {"zh-CN": "zh", "ja": "ja-mecab"}
 
 
 # -------------------------------------------------------------------------------------- beam search
@@ -190,8 +185,6 @@ def select_beams(x: Tensor, beam: Tensor) -> Tensor:
 
 # -------------------------------------------------------------------------- from clips to sentences
 
-SORTED_BATCHES = 32  # the clips of so many batches are sorted by length together
-
 
 @dataclass
 class Translation:
@@ -220,8 +213,7 @@ class Clip:
     """A file or a waveform (N,), its pieces, and the error if it cannot be used."""
 
     def __init__(self, source: Path | str | Tensor):
-        self.is_waveform = isinstance(source, Tensor)
-        self.source = source if self.is_waveform else Path(source)
+        self.source, self.is_waveform = source, isinstance(source, Tensor)
         self.name = "waveform" if self.is_waveform else str(source)
         self.pieces: list[Piece] = []
         self.error: str | None = None
@@ -241,7 +233,6 @@ class Clip:
             raise AudioError(self.name, "expected a waveform (N,) of finite numbers")
         return audio
 
-    @property
     def is_finished(self) -> bool:
         return bool(self.error or self.pieces and all(piece.hypotheses for piece in self.pieces))
 
@@ -270,18 +261,17 @@ def read_pieces(clips: list[Clip], batch_size: int, progress: bool, change) -> I
 
     A file is decoded when it is needed, so memory holds one batch and one file.
     """
-    window = SORTED_BATCHES * batch_size
+    window = 32 * batch_size  # so many clips are sorted by length together
     windows = (clips[i : i + window] for i in range(0, len(clips), window))
     ordered = (clip for window in windows for clip in sorted(window, key=Clip.seconds))
-    disable = None if progress else True  # None: no bar if stderr is not a terminal
-    for clip in tqdm(ordered, "translating", len(clips), unit="clip", disable=disable):
+    # disable=None: no progress bar if stderr is not a terminal
+    for clip in tqdm(ordered, total=len(clips), unit="clip", disable=not progress or None):
         try:
             audio = clip.load(change)
+            cuts = split_at_quiet(audio, MAX_SECONDS * SAMPLE_RATE)
+            clip.pieces = [Piece(start, end, audio[start:end]) for start, end in cuts]
         except AudioError as error:
             clip.error = str(error)
-            continue
-        cuts = split_at_quiet(audio, MAX_SECONDS * SAMPLE_RATE)
-        clip.pieces = [Piece(start, end, audio[start:end]) for start, end in cuts]
         yield from clip.pieces
 
 
@@ -304,8 +294,9 @@ def answer(model: LLaST, ids: Tensor, inputs: list, embed, search) -> list[list[
     not fit into memory is divided into halves, with the same result.
     """
     try:
-        prompts = [model.splice(ids, speech) for speech in embed(inputs)]
-        answers = beam_search(model.llm, prompts, end_ids(model), search)
+        with phase("even with one clip at a time", "fewer --beams or --max-new-tokens need less"):
+            prompts = [model.splice(ids, speech) for speech in embed(inputs)]
+            answers = beam_search(model.llm, prompts, end_ids(model), search)
     except torch.OutOfMemoryError:
         if len(inputs) == 1:
             raise
@@ -357,23 +348,24 @@ def translate_in_order(
     over 30 s there is only one hypothesis: the best ones of its pieces, joined. After Ctrl-C the
     finished results are yielded first.
     """
+    if task not in getattr(model.config, "tasks", ("st", "asr")):
+        raise ValueError(f"the task is {task}, but the model was trained on {model.config.tasks}")
     ids = ids_of_prompt(model, task, source, target)
-    space = "" if (source if task == "asr" else target) in UNSPACED else " "
+    space = "" if (source if task == "asr" else target) in TOKENIZERS else " "
     waiting = [Clip(clip) for clip in clips]
     pieces = read_pieces([*waiting], batch_size, progress, change)
     was_training = model.training
     model.eval()
     try:
         while batch := list(islice(pieces, batch_size)):
-            audio = [piece.audio for piece in batch]
-            answers = answer(model, ids, audio, model.encode_speech, search)
+            answers = answer(model, ids, [p.audio for p in batch], model.encode_speech, search)
             for piece, hypotheses in zip(batch, answers, strict=True):
                 piece.hypotheses, piece.audio = hypotheses, None
-            while waiting and waiting[0].is_finished:
+            while waiting and waiting[0].is_finished():
                 yield join_pieces(waiting.pop(0), n_best, space)
         yield from (join_pieces(clip, n_best, space) for clip in waiting)  # those with errors
     except KeyboardInterrupt:
-        yield from (join_pieces(clip, n_best, space) for clip in waiting if clip.is_finished)
+        yield from (join_pieces(clip, n_best, space) for clip in waiting if clip.is_finished())
         raise
     finally:
         model.train(was_training)
@@ -386,8 +378,6 @@ def translate(*args, **options) -> list[Translation]:
 
 # --------------------------------------------------------------------------------------------- BLEU
 
-# The tokenizers of the original. BLEU with another tokenizer is a different number.
-TOKENIZERS = {"zh-CN": "zh", "ja": "ja-mecab"}
 FIGURES = {"bleu": "BLEU", "bleu_lc": "lower-cased", "chrf": "chrF", "wer": "WER", "cer": "CER"}
 
 
@@ -397,8 +387,9 @@ def metrics(target: str) -> dict:
     try:
         bleu, lower = (sacrebleu.BLEU(tokenize=tokenizer, lowercase=lc) for lc in (False, True))
     except RuntimeError as error:
-        missing = f"BLEU of {target} needs sacreBLEU's tokenizer {tokenizer}"
-        raise ValueError(f'{missing}: pip install "sacrebleu[ja]"') from error
+        raise ValueError(
+            f'BLEU of {target} needs {tokenizer}: pip install "sacrebleu[ja]"'
+        ) from error
     return {"bleu": bleu, "bleu_lc": lower, "chrf": sacrebleu.CHRF()}
 
 
@@ -410,18 +401,14 @@ def score(hypotheses: list, references: list, target: str = "en", n_bootstrap: i
     """
     if len(hypotheses) != len(references):
         raise ValueError(f"{len(hypotheses)} hypotheses for {len(references)} references")
-    by_name = metrics(target)
-    figures = {k: m.corpus_score(hypotheses, [references]).score for k, m in by_name.items()}
-    scores = {name: round(figure, 2) for name, figure in figures.items()}
+    named = metrics(target)
+    scores = {k: round(m.corpus_score(hypotheses, [references]).score, 2) for k, m in named.items()}
     if n_bootstrap > 1:
-        result = by_name["bleu"].corpus_score(hypotheses, [references], n_bootstrap)
-        limits = result._mean - result._ci, result._mean + result._ci
-        scores["bleu_interval"] = [round(limit, 2) for limit in limits]
-    return scores | {
-        "signature": str(by_name["bleu"].get_signature()),
-        "chrf_signature": str(by_name["chrf"].get_signature()),
-        "n": len(references),
-    }
+        result = named["bleu"].corpus_score(hypotheses, [references], n_bootstrap)
+        scores["bleu_interval"] = [round(result._mean + d, 2) for d in (-result._ci, result._ci)]
+    scores["signature"] = str(named["bleu"].get_signature())
+    scores["chrf_signature"] = str(named["chrf"].get_signature())
+    return scores | {"n": len(references)}
 
 
 def read_splits(corpus: Path, source: str, target: str, wanted=()) -> dict[str, list[Row]]:
@@ -471,14 +458,6 @@ def describe(direction: str, scores: dict) -> str:
 # ------------------------------------------------------------------------------------- command line
 
 
-def newest_run(runs: Path) -> Path:
-    """The folder in `runs` whose model was saved last."""
-    saved = sorted(runs.glob("*/llast.json"), key=lambda path: path.stat().st_mtime)
-    if not saved:
-        raise FileNotFoundError(f"no trained model in {runs}; make one with: python train.py")
-    return saved[-1].parent
-
-
 def audio_paths(arguments: list[str]) -> list[Path]:
     """The clips that arguments name: files, folders, and .txt files with a path on each line."""
     paths = []
@@ -490,7 +469,7 @@ def audio_paths(arguments: list[str]) -> list[Path]:
             lines = argument.read_text("utf-8-sig", "surrogateescape").splitlines()
             clips = [argument.parent / line.strip() for line in lines if line.strip()]
         if not clips:
-            raise ValueError(f"{argument} names no clip; expected {', '.join(AUDIO_FILES)}")
+            raise ValueError(f"{argument} names no clip; expected audio such as .wav, .mp3, .flac")
         paths += clips
     return paths
 
@@ -499,9 +478,9 @@ def clips_in(folder: Path) -> list[Path]:
     """The audio files of a folder. Those of a format that cannot be read are named."""
     files = sorted(folder.iterdir())
     for file in files:
-        if file.suffix.lower() in OTHER_AUDIO_FILES:
-            print(f"skipped, convert it first: {convert_command(file)}", file=sys.stderr)
-    return [file for file in files if file.suffix.lower() in AUDIO_FILES]
+        if file.suffix.lower() in whisper_encoder.OTHER_AUDIO_FILES:
+            print(f"skipped {file}: {whisper_encoder.CONVERT}", file=sys.stderr)
+    return [file for file in files if file.suffix.lower() in whisper_encoder.AUDIO_FILES]
 
 
 def choose_direction(model: LLaST, lang: str | None, folder: Path, task: str) -> tuple[str, str]:
@@ -510,15 +489,14 @@ def choose_direction(model: LLaST, lang: str | None, folder: Path, task: str) ->
     A transcript has no target, so for the task "asr" any direction with that source is chosen.
     """
     trained = parse_directions(",".join(model.config.directions))
-    names = ", ".join(map("-".join, trained))
     fitting = [pair for pair in trained if lang in (None, pair[0], "-".join(pair))]
     if task == "asr":
         fitting = list(dict(fitting).items())
-    if not fitting and (task, lang) != ("asr", "en"):
-        parse_directions(lang)  # an unknown language has its own error message
     if len(fitting) != 1:
-        problem = f"--lang is {lang or 'missing'}, but {folder} was trained on {names}"
-        raise ValueError(f"{problem}; name one of these with --lang")
+        names = ", ".join(model.config.directions)
+        raise ValueError(
+            f"--lang is {lang or 'missing'}; {folder} was trained on {names}: name one"
+        )
     return fitting[0]
 
 
@@ -531,8 +509,7 @@ def add_options(parser: argparse.ArgumentParser):
     add("--max-new-tokens", type=int, default=256, help="longest answer, in tokens [256]")
     add("--batch", type=int, default=16, help="clips in a batch [16]")
     add("--json", action="store_true", help="print JSON objects, one on a line")
-    add("--compile", action="store_true",
-        help="compile each layer: slow at first, then faster; on a CPU it needs g++")  # fmt: skip
+    add("--compile", action="store_true", help="compile the layers; on a CPU this needs g++")
     add("--encoder", type=Path, help="folder of the encoder, if it was moved")
     add("--llm", type=Path, help="folder of the LLM, if it was moved")
 
@@ -540,21 +517,23 @@ def add_options(parser: argparse.ArgumentParser):
 def check_options(args: argparse.Namespace):
     """Check values and combinations of options that argparse cannot check."""
     for name in ("beams", "max_new_tokens", "n_best", "batch"):
-        if getattr(args, name, 1) < 1:
-            raise ValueError(
-                f"--{name.replace('_', '-')} is {getattr(args, name)}; expected 1 or more"
-            )
+        if (value := getattr(args, name, 1)) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected 1 or more")
     if not abs(args.length_penalty) <= 10:
         raise ValueError(f"--length-penalty is {args.length_penalty}; expected -10 to 10")
     if getattr(args, "n_best", 1) > args.beams:
-        n = args.n_best
-        raise ValueError(f"--n-best {n} needs at least {n} beams, but --beams is {args.beams}")
+        problem = f"--n-best {args.n_best} needs at least as many beams"
+        raise ValueError(f"{problem}, but --beams is {args.beams}")
 
 
 def load_model(args: argparse.Namespace) -> tuple[LLaST, Path]:
     """Load the model for use, with its LoRA merged. Return it with its folder."""
-    folder = args.model or newest_run(HERE / "runs")
-    if not args.model:
+    folder = args.model
+    if not folder:
+        saved = sorted((HERE / "runs").glob("*/llast.json"), key=lambda path: path.stat().st_mtime)
+        if not saved:
+            raise FileNotFoundError(f"no trained model in {HERE / 'runs'}; run python train.py")
+        folder = saved[-1].parent
         print(f"no --model: the newest one is {folder}", file=sys.stderr)
     device, dtype, _ = pick_device()
     with phase("while loading the model", "a smaller one needs less"):
@@ -588,10 +567,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("audio", nargs="+", help="audio files, folders, or .txt files with a path on each line")
     add("--lang", help="language or direction (fr or en-de), if the model has several")
-    add("--task", choices=("st", "asr"), default="st",
-        help="st translates [st], asr transcribes")  # fmt: skip
-    add("--n-best", type=int, default=1,
-        help="hypotheses to print of a clip, with scores [1]; over 30 s there is one")  # fmt: skip
+    add("--task", choices=("st", "asr"), default="st", help="translate [st] or transcribe (asr)")
+    add("--n-best", type=int, default=1, help="hypotheses of a clip of up to 30 s to print [1]")
     add_options(parser)
     return parser
 
@@ -604,11 +581,9 @@ def run(args: argparse.Namespace) -> int:
     options = {"batch_size": args.batch, "n_best": args.n_best, "progress": len(paths) > args.batch}
     search = SearchOptions(args.beams, args.length_penalty, args.max_new_tokens)
     failed = False
-    with phase("even with one clip at a time", "fewer --beams or --max-new-tokens need less"):
-        clips = translate_in_order(model, paths, args.task, *direction, search, **options)
-        for result in clips:
-            show(result, args.json, args.n_best)
-            failed |= result.error is not None
+    for result in translate_in_order(model, paths, args.task, *direction, search, **options):
+        show(result, args.json, args.n_best)
+        failed |= result.error is not None
     return 1 if failed else 0
 
 

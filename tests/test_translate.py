@@ -1,9 +1,13 @@
-"""translate.py: beam search against exhaustive search, translating files, the command line."""
+"""translate.py: beam search, from clips to sentences, BLEU, the command line."""
 
+import csv
+import io
 import itertools
 import json
 import os
+import re
 import shutil
+import sys
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,7 +41,7 @@ from whisper_encoder import load_audio
 
 
 def toy_language(words: int) -> Llama:
-    """A Llama with few words and firm opinions about them."""
+    """A Llama with few words and clear preferences."""
     sizes = toys.LLAMA | {"vocab_size": words}
     llm = Llama(LlamaConfig(**{key: sizes[key] for key in LlamaConfig.__dataclass_fields__}))
     chance = torch.Generator().manual_seed(words)
@@ -47,7 +51,7 @@ def toy_language(words: int) -> Llama:
     return llm.eval()
 
 
-def made_up_prompts(*lengths: int) -> list[Tensor]:
+def random_prompts(*lengths: int) -> list[Tensor]:
     chance = torch.Generator().manual_seed(7)
     return [torch.randn(P, toys.LLAMA["hidden_size"], generator=chance) for P in lengths]
 
@@ -73,7 +77,7 @@ def greedy(llm: Llama, prompt: Tensor, eos_ids: list[int], most: int) -> list[in
 
 
 def every_answer(llm: Llama, prompt: Tensor, eos_ids, most: int, length_penalty: float):
-    """(score, ids) of all answers: those that end, and those that the limit cuts. Best first."""
+    """(score, ids) of all answers that end or reach the limit, best first."""
     V = llm.config.vocab_size
     words = [i for i in range(V) if i not in eos_ids]
     ranked = []
@@ -89,17 +93,19 @@ def every_answer(llm: Llama, prompt: Tensor, eos_ids, most: int, length_penalty:
 
 @pytest.mark.parametrize("eos_ids", [[2], [2, 5], [0, 3, 4]])
 def test_one_beam_is_greedy_search(eos_ids):
-    llm, prompts = toy_language(12), made_up_prompts(3, 9, 5, 1, 6, 7, 2, 8)
-    found = [best.ids for (best,) in beam_search(llm, prompts, eos_ids, SearchOptions(1, 1.0, 10))]
-    assert found == [greedy(llm, prompt, eos_ids, 10) for prompt in prompts]
-    assert len(set(map(len, found))) > 2, "the prompts should tell early ends from late ones"
+    llm, prompts = toy_language(12), random_prompts(3, 9, 5, 1, 6, 7, 2, 8)
+    answers = [
+        best.ids for (best,) in beam_search(llm, prompts, eos_ids, SearchOptions(1, 1.0, 10))
+    ]
+    assert answers == [greedy(llm, prompt, eos_ids, 10) for prompt in prompts]
+    assert len(set(map(len, answers))) > 2, "some answers should end earlier than others"
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("eos_ids", [[2], [2, 0]])
 def test_a_wide_beam_is_exhaustive_search(length_penalty, eos_ids):
     llm = toy_language(5)
-    for prompt in made_up_prompts(4, 7):
+    for prompt in random_prompts(4, 7):
         expected = every_answer(llm, prompt, eos_ids, 4, length_penalty)
         found = beam_search(
             llm, [prompt], eos_ids, SearchOptions(len(expected), length_penalty, 4)
@@ -134,8 +140,8 @@ def slow_beam(llm, prompt, eos_ids, W: int, most: int, length_penalty: float):
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("eos_ids", [[2], list(range(9))])
-def test_a_narrow_beam_keeps_and_stops_as_a_slow_search_does(length_penalty, eos_ids):
-    llm, prompts = toy_language(12), made_up_prompts(3, 9, 5, 1, 6, 2)
+def test_a_narrow_beam_equals_a_slow_search_of_the_same_rules(length_penalty, eos_ids):
+    llm, prompts = toy_language(12), random_prompts(3, 9, 5, 1, 6, 2)
     together = beam_search(llm, prompts, eos_ids, SearchOptions(4, length_penalty, 8))
     for prompt, found in zip(prompts, together, strict=True):
         expected = slow_beam(llm, prompt, eos_ids, 4, 8, length_penalty)
@@ -145,8 +151,8 @@ def test_a_narrow_beam_keeps_and_stops_as_a_slow_search_does(length_penalty, eos
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("P", [1, 30])
-def test_a_score_counts_the_answer_and_its_end_but_not_the_prompt(P, length_penalty):
-    llm, (prompt,) = toy_language(12), made_up_prompts(P)
+def test_a_score_counts_the_answer_and_its_end_token_but_not_the_prompt(P, length_penalty):
+    llm, (prompt,) = toy_language(12), random_prompts(P)
     for hypothesis in beam_search(llm, [prompt], [2], SearchOptions(4, length_penalty, 6))[0]:
         ended = hypothesis.ids if len(hypothesis.ids) == 6 else [*hypothesis.ids, 2]
         total = step_log_probs(llm, prompt, torch.tensor([ended])).sum().item()
@@ -156,7 +162,7 @@ def test_a_score_counts_the_answer_and_its_end_but_not_the_prompt(P, length_pena
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("eos_ids", [[2], [2, 5]])
 def test_prompts_of_other_lengths_in_the_batch_change_nothing(beams, eos_ids):
-    llm, prompts = toy_language(12), made_up_prompts(3, 20, 5, 1, 11)
+    llm, prompts = toy_language(12), random_prompts(3, 20, 5, 1, 11)
     options = SearchOptions(beams, max_new_tokens=12)
     together = beam_search(llm, prompts, eos_ids, options)
     for prompt, found in zip(prompts, together, strict=True):
@@ -167,22 +173,56 @@ def test_prompts_of_other_lengths_in_the_batch_change_nothing(beams, eos_ids):
 
 def test_hypotheses_are_distinct_and_best_first():
     options = SearchOptions(6, max_new_tokens=8)
-    for found in beam_search(toy_language(12), made_up_prompts(3, 9), [2], options):
+    for found in beam_search(toy_language(12), random_prompts(3, 9), [2], options):
         assert len(found) == 6 == len({tuple(hypothesis.ids) for hypothesis in found})
         scores = [hypothesis.score for hypothesis in found]
         assert scores == sorted(scores, reverse=True)
 
 
 @pytest.mark.parametrize("most", [1, 2, 5])
-def test_no_answer_is_longer_than_asked_and_none_holds_an_end(most):
+def test_no_answer_is_longer_than_the_limit_or_has_an_end_token(most):
     options = SearchOptions(3, max_new_tokens=most)
-    found = beam_search(toy_language(12), made_up_prompts(3, 9), [2, 5], options)
+    found = beam_search(toy_language(12), random_prompts(3, 9), [2, 5], options)
     ids = [hypothesis.ids for clip in found for hypothesis in clip]
     assert max(map(len, ids)) == most
     assert not {2, 5} & set(itertools.chain(*ids))
 
 
-# ---------------------------------------------------------------------------------------- translate
+class ScriptedLlm:
+    """An LLM whose next word depends on the last word only. It records each attention mask."""
+
+    words = ["</s>", "the", "a", "cat", "dog", "ran", "slept"]
+    follow = {"</s>": {"the": 0.7, "a": 0.3}, "the": {"cat": 0.55, "dog": 0.45},
+              "cat": {"slept": 0.6, "ran": 0.4}, "dog": {"ran": 0.98}}  # fmt: skip
+
+    def __init__(self):
+        self.masks = []
+        self.chances = torch.full((7, 7), 1e-6)
+        for word, chances in self.follow.items():
+            for following, chance in chances.items():
+                self.chances[self.words.index(word), self.words.index(following)] = chance
+
+    def embed(self, ids):
+        return torch.nn.functional.one_hot(ids, 7).float()
+
+    def hidden(self, x, cache=None, positions=None, can_attend=None, **others):
+        self.masks.append(can_attend)
+        return (x if cache else x[:, -1]), SimpleNamespace(keep=None)
+
+    def logits(self, state):
+        return self.chances[state.argmax(-1)].log()
+
+
+def test_the_drawing_of_the_beam_mask_is_what_the_search_computes():
+    llm = ScriptedLlm()
+    beam_search(llm, [llm.embed(torch.zeros(3, dtype=torch.long))], [0], SearchOptions(2, 1.0, 4))
+    lines = [line for line in beam_search.__doc__.splitlines() if 'beam "' in line]
+    assert ["dog ran" in line for line in lines] == [True, False]
+    drawn = [[int(cell) for cell in line.split('"')[2].split()] for line in lines]
+    assert llm.masks[-1][0].int().tolist() == drawn
+
+
+# -------------------------------------------------------------------------- from clips to sentences
 
 
 BAD = {
@@ -193,6 +233,7 @@ BAD = {
 }
 THREE = SearchOptions(3, max_new_tokens=6)
 SHORT = SearchOptions(1, max_new_tokens=2)
+FORMATS = {".oga": "OGG", ".aif": "AIFF"}
 HOW = {"search": THREE, "n_best": 3}
 
 
@@ -204,7 +245,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 16])
-def test_a_batch_of_clips_is_translated_as_each_alone_and_in_order(model, clips, batch_size):
+def test_clips_in_a_batch_are_translated_like_single_clips_and_in_order(model, clips, batch_size):
     paths = toys.good(clips)
     together = translate.translate(model, paths, **HOW, batch_size=batch_size)
     assert [result.path for result in together] == [str(path) for path in paths]
@@ -235,7 +276,7 @@ def test_a_batch_too_large_for_memory_is_halved_with_the_same_result(model, clip
         translate.translate(model, paths, **HOW)
 
 
-def test_clips_that_cannot_be_used_get_an_error_and_leave_the_others_alone(model, clips):
+def test_clips_that_cannot_be_used_get_an_error_and_change_no_other_clip(model, clips):
     paths = toys.good(clips)
     bad = [clips / name for name in BAD]
     mixed = [clip for pair in zip(bad, paths, strict=True) for clip in pair]
@@ -246,18 +287,18 @@ def test_clips_that_cannot_be_used_get_an_error_and_leave_the_others_alone(model
         assert name in result.error and reason in result.error
 
 
-def test_only_clips_that_cannot_be_used_are_no_problem(model, clips):
+def test_a_list_without_a_usable_clip_is_not_an_error(model, clips):
     assert translate.translate(model, [clips / "empty.wav"])[0].error
     assert translate.translate(model, []) == []
 
 
-def test_the_first_answer_is_the_text_and_n_best_says_how_many_are_kept(model, clips):
+def test_the_first_hypothesis_is_the_text_and_n_best_are_kept(model, clips):
     for result in translate.translate(model, toys.good(clips), search=THREE, n_best=2):
         assert len(result.n_best) == 2
         assert result.n_best[0] == {"text": result.text, "score": result.score}
 
 
-def test_the_task_and_the_language_are_part_of_the_question(model, clips):
+def test_the_task_and_the_language_change_the_prompt(model, clips):
     def scores(**how):
         return [r.score for r in translate.translate(model, toys.good(clips), **how, search=THREE)]
 
@@ -267,13 +308,64 @@ def test_the_task_and_the_language_are_part_of_the_question(model, clips):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_translating_is_without_dropout_and_leaves_the_training_mode_as_it_was(
-    model, clips, training
-):
+def test_translation_has_no_dropout_and_keeps_the_training_mode(model, clips, training):
     expected = translate.translate(model, toys.good(clips), **HOW)
     model.train(training)
     assert_same(translate.translate(model, toys.good(clips), **HOW), expected)
     assert model.training == model.llm.training == training
+
+
+def test_a_waveform_is_translated_like_its_file(model, clips):
+    waveforms = [load_audio(path) for path in toys.good(clips)]
+    results = translate.translate(model, waveforms, **HOW)
+    expected = translate.translate(model, toys.good(clips), **HOW)
+    assert [result.text for result in results] == [result.text for result in expected]
+    assert {result.path for result in results} == {"waveform"}
+
+
+def test_a_waveform_that_cannot_be_used_is_an_error_of_that_clip(model, clips):
+    bad = [torch.zeros(0), torch.zeros(2, 99), torch.full((99,), torch.nan)]
+    *results, last = translate.translate(model, [*bad, load_audio(clips / "good0.wav")], **HOW)
+    assert all("expected a waveform (N,) of finite numbers" in r.error for r in results)
+    assert last.error is None
+
+
+def test_change_alters_the_audio_before_it_is_encoded(model, clips):
+    paths = toys.good(clips)
+    loud = translate.translate(model, [3 * load_audio(path) for path in paths], **HOW)
+    changed = translate.translate(model, paths, **HOW, change=lambda audio: 3 * audio)
+    assert [r.score for r in changed] == [r.score for r in loud]
+    assert changed != translate.translate(model, paths, **HOW)
+    short = translate.translate(model, paths, **HOW, change=lambda audio: audio[:0])
+    assert all(result.error for result in short)
+
+
+def test_a_result_is_there_before_later_clips_are_read(model, clips, monkeypatch):
+    loaded, load = [], translate.load_audio
+    monkeypatch.setattr(translate, "load_audio", lambda path: loaded.append(path) or load(path))
+    paths = sorted(toys.good(clips), key=translate.audio_seconds)  # they are read in this order
+    results = translate.translate_in_order(model, paths, search=SHORT, batch_size=1)
+    for n, result in enumerate(results, start=1):
+        assert (result.path, len(loaded)) == (str(paths[n - 1]), n)
+
+
+def test_clips_are_sorted_in_windows_so_that_the_first_need_not_wait(model, clips, monkeypatch):
+    short = clips / "good1.wav"
+    loaded, load = [], translate.load_audio
+    monkeypatch.setattr(translate, "load_audio", lambda path: loaded.append(path) or load(path))
+    results = translate.translate_in_order(
+        model, [clips / "good2.wav"] * 33 + [short] * 2, search=SHORT, batch_size=1
+    )
+    next(results)
+    assert short not in loaded
+
+
+@pytest.mark.parametrize("task", ["asr", "st"])
+def test_a_task_that_the_model_was_not_trained_on_is_an_error(model, clips, task):
+    others = tuple({"asr", "st"} - {task})
+    model.config = SimpleNamespace(**{**vars(model.config), "tasks": others})
+    with pytest.raises(ValueError, match=f"the task is {task}, but the model was trained on"):
+        translate.translate(model, toys.good(clips), task)
 
 
 # --------------------------------------------------------------------------------------- long audio
@@ -291,7 +383,7 @@ def test_a_long_clip_is_cut_in_the_middle_of_its_pauses():
 @pytest.mark.parametrize("n", [0, 1, 2, 999, 1000, 1001, 1002, 2500])
 @pytest.mark.parametrize("most", [1, 2, 3, 1000])
 @pytest.mark.parametrize("kind", ["silence", "constant", "noise"])
-def test_pieces_cover_a_clip_without_gap_and_none_is_too_long(n, most, kind):
+def test_pieces_cover_a_clip_without_a_gap_and_none_is_too_long(n, most, kind):
     noise = torch.randn(n, generator=torch.Generator().manual_seed(n))
     audio = {"silence": torch.zeros(n), "constant": torch.ones(n), "noise": noise}[kind]
     pieces = split_at_quiet(audio, most)
@@ -333,7 +425,7 @@ def test_a_long_clip_is_translated_in_pieces_that_cover_it(model, long_clip, tmp
     "task, source, target, space",
     [("st", "en", "ja", ""), ("asr", "fr", "ja", " "), ("asr", "zh-CN", "en", "")],
 )
-def test_pieces_are_joined_as_the_language_that_is_written(
+def test_pieces_are_joined_with_the_space_of_the_written_language(
     model, long_clip, task, source, target, space
 ):
     [result] = translate.translate(model, [long_clip], task, source, target, SearchOptions(1))
@@ -353,7 +445,7 @@ def test_pieces_without_a_word_leave_no_gap():
 
 
 @pytest.mark.parametrize("batch_size", [2, 16])
-def test_long_and_short_and_bad_clips_mix_and_stay_in_order(model, clips, long_clip, batch_size):
+def test_long_short_and_bad_clips_keep_their_order(model, clips, long_clip, batch_size):
     short = toys.good(clips)
     mixed = [long_clip, short[0], clips / "nan.wav", *short[1:], clips / "empty.wav", long_clip]
     results = translate.translate(model, mixed, **HOW, batch_size=batch_size)
@@ -379,7 +471,7 @@ def test_only_one_batch_of_audio_is_in_memory(model, clips, long_clip, monkeypat
     assert seen == [2, 4, 5, 5] and loaded[-1] == long_clip, "files decoded before each batch"
 
 
-def test_a_clip_of_just_30_s_is_one_piece(model, tmp_path):
+def test_a_clip_of_exactly_30_s_is_one_piece(model, tmp_path):
     for name, samples in (("fits", 30 * 1000), ("over", 30 * 1000 + 1)):
         soundfile.write(tmp_path / f"{name}.wav", np.zeros(samples), 1000)
     files = [tmp_path / "fits.wav", tmp_path / "over.wav"]
@@ -410,6 +502,16 @@ def test_scores_are_sacrebleus():
     assert "nc:6" in scores["chrf_signature"]
 
 
+def test_the_bootstrap_interval_is_that_of_sacrebleu():
+    plain, scores = score(HYPOTHESES, REFERENCES), score(HYPOTHESES, REFERENCES, n_bootstrap=50)
+    low, high = scores["bleu_interval"]
+    assert low < scores["bleu"] < high and "bs:50" in scores["signature"]
+    assert "bleu_interval" not in plain and scores["bleu"] == plain["bleu"]
+    printed = sacrebleu.BLEU().corpus_score(HYPOTHESES, [REFERENCES], n_bootstrap=50).format()
+    mean, half = map(float, re.search(r"μ = ([\d.]+) ± ([\d.]+)", printed).groups())
+    assert [low, high] == pytest.approx([mean - half, mean + half], abs=0.011)
+
+
 def test_an_empty_hypothesis_counts():
     without = [pair for pair in zip(HYPOTHESES, REFERENCES, strict=True) if pair[0]]
     kept, dropped = score(HYPOTHESES, REFERENCES), score(*map(list, zip(*without, strict=True)))
@@ -417,12 +519,12 @@ def test_an_empty_hypothesis_counts():
     assert kept["bleu"] < dropped["bleu"] and kept["chrf"] < dropped["chrf"]
 
 
-def test_hypotheses_and_references_must_be_as_many():
+def test_hypotheses_and_references_of_different_number_are_an_error():
     with pytest.raises(ValueError, match="1 hypotheses for 4 references"):
         score(HYPOTHESES[:1], REFERENCES)
 
 
-def test_chinese_is_split_as_sacrebleu_splits_chinese():
+def test_chinese_has_the_tokenizer_of_sacrebleu_for_chinese():
     scores = score(*CHINESE, target="zh-CN")
     expected = sacrebleu.corpus_bleu(CHINESE[0], [CHINESE[1]], tokenize="zh").score
     assert scores["bleu"] == round(expected, 2) > score(*CHINESE)["bleu"] == 0
@@ -430,22 +532,48 @@ def test_chinese_is_split_as_sacrebleu_splits_chinese():
 
 
 @pytest.mark.skipif(not (find_spec("MeCab") and find_spec("ipadic")), reason="no sacrebleu[ja]")
-def test_japanese_is_split_by_mecab():
+def test_japanese_has_the_tokenizer_mecab():
     scores = score(*JAPANESE, target="ja")
     expected = sacrebleu.corpus_bleu(JAPANESE[0], [JAPANESE[1]], tokenize="ja-mecab").score
     assert scores["bleu"] == round(expected, 2) > 0
     assert "tok:ja-mecab" in scores["signature"]
 
 
-def test_without_mecab_the_error_names_the_package_and_nothing_else_is_used(without_mecab):
+def test_without_mecab_the_error_names_the_package(without_mecab):
     with pytest.raises(ValueError, match=r'ja-mecab.* pip install "sacrebleu\[ja\]"'):
         score(*JAPANESE, target="ja")
 
 
-def test_without_mecab_no_clip_is_translated_in_vain(without_mecab, monkeypatch):
+def test_a_missing_mecab_is_reported_before_the_first_clip(without_mecab, monkeypatch):
     monkeypatch.setattr(translate, "translate", None)  # calling it would be a TypeError
     with pytest.raises(ValueError, match="pip install"):
         score_rows(None, [Row(Path("a.wav"), "a", "b", "en", "ja", 1.0)])
+
+
+# ------------------------------------------------------------------------ the table of scored clips
+
+
+def test_the_table_has_every_clip_and_names_the_failed_ones(tmp_path, capsys, monkeypatch):
+    rows = [Row(Path(f"{i}.mp3"), "dit", text, "fr", "en", 1.0) for i, text in enumerate("abcd")]
+    texts = ['she said "no" to me.', "", "two\nlines\tand a tab", '"unbalanced']
+    results = [translate.Translation(str(r.path), t, -0.5) for r, t in zip(rows, texts)]
+    results[1] = translate.Translation("1.mp3", error="1.mp3: no such file")
+    monkeypatch.setattr(translate, "translate", lambda *args, **options: results)
+    scores = score_rows(None, rows, tmp_path / "out.tsv")
+    assert scores == score(texts, list("abcd")) | {"failed": 1}
+    assert capsys.readouterr().err == "scored as an empty text: 1.mp3: no such file\n"
+    with open(tmp_path / "out.tsv", encoding="utf-8", newline="") as file:
+        head, *table = csv.reader(file, delimiter="\t")  # the dialect of pandas and spreadsheets
+    assert head == ["clip", "reference", "hypothesis", "score", "error"]
+    assert [cells[2] for cells in table] == [texts[0], "", "two lines and a tab", texts[3]]
+    assert table[1] == ["1.mp3", "b", "", "", "1.mp3: no such file"]
+
+
+def test_the_target_chooses_the_tokenizer_of_a_test_set(monkeypatch):
+    result = translate.Translation("a.wav", "我们明天去北京。", -0.5)
+    monkeypatch.setattr(translate, "translate", lambda *args, **options: [result])
+    rows = [Row(Path("a.wav"), "a", "我们明天要去北京。", "en", "zh-CN", 1.0)]
+    assert "tok:zh|" in score_rows(None, rows)["signature"]
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -456,7 +584,7 @@ def command(run_main):
     return partial(run_main, translate)
 
 
-def test_a_line_is_printed_for_each_clip(command, quick, model, clips):
+def test_each_clip_gives_one_line(command, quick, model, clips):
     code, lines, err = command(*quick, *toys.good(clips))
     texts = [r.text for r in translate.translate(model, toys.good(clips), search=THREE)]
     assert lines == [f"{path}\t{text}" for path, text in zip(toys.good(clips), texts, strict=True)]
@@ -473,7 +601,7 @@ def test_json_has_an_object_for_each_clip(command, quick, clips):
     assert code == 1
 
 
-def test_n_best_prints_as_many_lines_with_their_scores(command, quick, clips):
+def test_n_best_prints_n_lines_with_scores(command, quick, clips):
     code, lines, _ = command(*quick, "--n-best", 3, clips / "good0.wav")
     cells = [line.split("\t") for line in lines]
     assert [cell[0] for cell in cells] == [str(clips / "good0.wav")] * 3
@@ -483,7 +611,7 @@ def test_n_best_prints_as_many_lines_with_their_scores(command, quick, clips):
     assert code == 2 and "--n-best 4" in err
 
 
-def test_a_folder_and_a_list_name_clips_too(command, quick, clips, tmp_path):
+def test_a_folder_and_a_list_can_name_clips(command, quick, clips, tmp_path):
     for path in toys.good(clips):
         shutil.copy(path, tmp_path)
     (tmp_path / "notes.md").write_text("no clip")
@@ -498,13 +626,56 @@ def test_a_folder_and_a_list_name_clips_too(command, quick, clips, tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("suffix", [".oga", ".aif", ".AIFF", ".au", ".caf", ".w64"])
+def test_a_folder_gives_every_format_that_can_be_read(clips, tmp_path, suffix):
+    toys.write(tmp_path / f"a{suffix}", np.zeros(1600), format=FORMATS.get(suffix))
+    assert translate.audio_paths([str(tmp_path)]) == [tmp_path / f"a{suffix}"]
+
+
+def test_other_audio_of_a_folder_is_named_with_the_command_that_converts_it(tmp_path, capsys):
+    toys.write(tmp_path / "a.wav", np.zeros(1600))
+    for name in ("b.m4a", "c.WMA", "notes.md"):
+        (tmp_path / name).touch()
+    assert translate.audio_paths([str(tmp_path)]) == [tmp_path / "a.wav"]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all("skipped" in line and "ffmpeg -i" in line for line in lines)
+    assert "b.m4a" in lines[0] and "c.WMA" in lines[1]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are Unicode there")
+def test_a_name_that_is_not_utf8_stops_no_other_clip(command, quick, clips, tmp_path):
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xe9t\xe9.wav")
+    shutil.copy(clips / "good0.wav", odd)
+    code, lines, err = command(*quick, odd, clips / "good1.wav")
+    assert code in (0, 1) and len(lines) + len(err.splitlines()) == 2
+    assert lines[-1].startswith(str(clips / "good1.wav"))
+    assert r"\udce9t\udce9.wav" in (lines[0] if code == 0 else err)
+    (tmp_path / "list.txt").write_bytes(b"\xe9t\xe9.wav\n")
+    assert [str(path) for path in translate.audio_paths([tmp_path / "list.txt"])] == [odd]
+
+
+def test_output_that_is_not_utf8_is_escaped_and_its_json_is_valid(
+    command, quick, clips, tmp_path, monkeypatch
+):
+    path = tmp_path / "été.wav"
+    shutil.copy(clips / "good0.wav", path)
+    for flags, check in (
+        ([], lambda text: text.startswith(str(tmp_path / r"\xe9t\xe9.wav"))),
+        (["--json"], lambda text: json.loads(text)["path"] == str(path)),
+    ):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+        assert command(*quick, *flags, path)[0] == 0
+        sys.stdout.flush()
+        assert check(sys.stdout.buffer.getvalue().decode("ascii"))
+
+
 def test_one_bad_clip_is_named_and_makes_the_exit_code_1(command, quick, clips):
     code, lines, err = command(*quick, clips / "good0.wav", clips / "empty.wav")
     assert code == 1 and len(lines) == 1
     assert err == f"{clips / 'empty.wav'}: the file is empty\n"
 
 
-def test_json_of_a_long_clip_says_when_each_piece_is_heard(command, quick, long_clip):
+def test_json_of_a_long_clip_has_the_times_of_its_pieces(command, quick, long_clip):
     code, [text], _ = command(*quick, "--json", long_clip)
     clip = json.loads(text)
     assert code == 0 and clip["text"] == " ".join(piece["text"] for piece in clip["pieces"])
@@ -531,11 +702,11 @@ def knows(*directions):
         (("en-de", "en-zh-CN"), "en-zh-CN", "st", ("en", "zh-CN")),
     ],
 )
-def test_the_direction_is_the_one_asked_for_or_the_only_one(directions, lang, task, expected):
+def test_the_direction_is_the_one_of_lang_or_the_only_one(directions, lang, task, expected):
     assert translate.choose_direction(knows(*directions), lang, Path("run"), task) == expected
 
 
-def test_to_transcribe_any_direction_of_the_language_will_do():
+def test_a_transcription_takes_any_direction_of_the_language():
     model = knows("en-de", "en-zh-CN", "fr-en")
     for lang in ("en", "en-de"):
         assert translate.choose_direction(model, lang, Path("run"), "asr")[0] == "en"
@@ -546,16 +717,16 @@ def test_to_transcribe_any_direction_of_the_language_will_do():
 @pytest.mark.parametrize(
     "lang, task, answer",
     [
-        (None, "st", "--lang is missing, but run was trained on en-de, en-zh-CN, fr-en; name"),
-        ("en", "st", "--lang is en, but run was trained on en-de, en-zh-CN, fr-en; name one"),
-        (None, "asr", "--lang is missing, but run was trained on"),
-        ("de", "st", "--lang is de, but run was trained on en-de, en-zh-CN, fr-en; name one"),
-        ("zh-CN", "st", "--lang is zh-CN, but"),
-        ("en-ja", "st", "--lang is en-ja, but"),
-        ("french", "st", "unknown language 'french'; did you mean 'fr'"),
+        (None, "st", "--lang is missing; run was trained on en-de, en-zh-CN, fr-en: name one"),
+        ("en", "st", "--lang is en; run was trained on"),
+        (None, "asr", "--lang is missing; run was trained on"),
+        ("de", "st", "--lang is de; run was trained on en-de, en-zh-CN, fr-en: name one"),
+        ("zh-CN", "st", "--lang is zh-CN; run"),
+        ("en-ja", "st", "--lang is en-ja; run"),
+        ("french", "st", "--lang is french; "),
     ],
 )
-def test_a_direction_that_is_not_clear_is_answered_with_those_there_are(lang, task, answer):
+def test_an_ambiguous_or_unknown_direction_is_an_error_with_all_directions(lang, task, answer):
     with pytest.raises(ValueError, match=answer):
         translate.choose_direction(knows("en-de", "en-zh-CN", "fr-en"), lang, Path("run"), task)
 
@@ -575,15 +746,23 @@ def test_the_direction_reaches_the_prompt(command, made, clips, monkeypatch):
     assert asked[2][:2] == ("asr", "en")
 
 
-def test_ctrl_c_is_answered(command, quick, clips, monkeypatch):
-    def stop(*_, **__):
-        raise KeyboardInterrupt
+def test_after_ctrl_c_the_finished_results_are_printed_first(command, quick, clips, monkeypatch):
+    longest, load = clips / "good2.wav", translate.load_audio
 
-    monkeypatch.setattr(translate, "translate_in_order", stop)
-    assert command(*quick, clips / "good0.wav") == (130, [], "\nstopped\n")
+    def stop(path):
+        if path == longest:
+            raise KeyboardInterrupt
+        return load(path)
+
+    monkeypatch.setattr(translate, "load_audio", stop)
+    paths = [longest, clips / "empty.wav", clips / "good0.wav", clips / "good1.wav"]
+    code, lines, err = command(*quick, "--batch", 1, *paths)
+    assert code == 130
+    assert [line.split("\t")[0] for line in lines] == [str(path) for path in paths[2:]]
+    assert err == f"{clips / 'empty.wav'}: the file is empty\n\nstopped\n"
 
 
-def test_a_lack_of_memory_is_told_with_where_it_came(command, quick, clips, monkeypatch):
+def test_out_of_memory_names_the_phase(command, quick, clips, monkeypatch):
     def too_much(*_, **__):
         raise torch.OutOfMemoryError("tried to allocate 80 GiB")
 
@@ -601,22 +780,22 @@ def test_a_lack_of_memory_is_told_with_where_it_came(command, quick, clips, monk
         assert code == 2 and told in err and "80 GiB" in err
 
 
-def test_a_model_with_weights_that_are_no_numbers_is_not_listened_to(model, clips):
+def test_nan_weights_are_an_error(model, clips):
     with torch.no_grad():
         model.projector.model[4].bias[0] = torch.nan
     with pytest.raises(ValueError, match="computes NaN: its weights are damaged"):
         translate.translate(model, toys.good(clips))
 
 
-def test_the_end_counts_as_a_token_where_there_is_one(model, clips, monkeypatch):
+def test_the_end_token_is_counted_if_there_is_one(model, clips, monkeypatch):
     for most in (1, 2, 40):
         [found] = translate.translate(
             model, toys.good(clips)[:1], search=SearchOptions(1, 1.0, most)
         )
-        assert found.tokens == most, "it never ends by itself"
+        assert found.tokens == most, "this model never ends an answer"
     monkeypatch.setattr(model.tokenizer, "eos_ids", [*range(1300)])
     [found] = translate.translate(model, toys.good(clips)[:1], search=SearchOptions(1, 1.0, most))
-    assert (found.tokens, found.text) == (1, ""), "the end alone"
+    assert (found.tokens, found.text) == (1, ""), "only the end token"
 
 
 def test_a_name_too_long_for_a_file_is_one_bad_clip(command, quick, clips):
@@ -625,24 +804,24 @@ def test_a_name_too_long_for_a_file_is_one_bad_clip(command, quick, clips):
     assert (code, len(lines), err) == (1, 1, f"{name}: no such file\n")
 
 
-def test_mistakes_are_answered_with_what_to_do_and_exit_code_2(command, quick, clips, made):
+def test_mistakes_give_exit_code_2_and_a_message_with_what_to_do(command, quick, clips, made):
     clip = clips / "good0.wav"
     toys.save_model(made, made / "two", ("de-en", "fr-en"))
     empty = made / "empty.txt"
     empty.write_text("\n\n")
     for arguments, answer in (
         (["--model", clips, clip], f"{clips} is no saved LLaST: it has no llast.json"),
-        ([*quick, "--lang", "french", clip], "unknown language 'french'; did you mean 'fr'"),
-        ([*quick, "--lang", "de", clip], "--lang is de, but"),
+        ([*quick, "--lang", "french", clip], "--lang is french; "),
+        ([*quick, "--lang", "de", clip], "--lang is de; "),
         (
             ["--model", made / "two", clip],
-            "was trained on de-en, fr-en; name one of these with --lang",
+            "was trained on de-en, fr-en: name one",
         ),
-        ([*quick, made / "trained"], "names no clip; expected .wav"),
+        ([*quick, made / "trained"], "names no clip; expected audio"),
         ([*quick, made / "list.txt"], "list.txt"),
         ([*quick, empty], "names no clip"),
-        ([*quick, "--lang", "fr,de", clip], "--lang is fr,de, but"),
-        ([*quick, "--lang", "en", "--task", "asr", clip], "--lang is en, but"),
+        ([*quick, "--lang", "fr,de", clip], "--lang is fr,de; "),
+        ([*quick, "--lang", "en", "--task", "asr", clip], "--lang is en; "),
         ([*quick, "--length-penalty", 1000, clip], "--length-penalty is 1000.0; expected -10 to"),
         ([*quick, "--length-penalty", "nan", clip], "--length-penalty is nan; expected -10 to"),
     ):

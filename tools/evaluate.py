@@ -17,12 +17,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository, whatever the folder is
 
 from data import Row, parse_directions
-from llast import LLaST, phase
+from llast import LLaST
 from tools.cost import Meter
 from translate import (
     FIGURES,
     HERE,
-    UNSPACED,
+    TOKENIZERS,
     SearchOptions,
     Translation,
     add_options,
@@ -87,7 +87,7 @@ def cascade(
     for result in results:
         if pieces := translated[id(result)]:
             texts = [piece["text"] for piece in result.pieces or [pieces[0][0]]]
-            result.text = ("" if target in UNSPACED else " ").join(text for text in texts if text)
+            result.text = ("" if target in TOKENIZERS else " ").join(text for text in texts if text)
             result.score = round(sum(score for _, score in pieces) / len(pieces), 4)
             result.n_best = [{"text": result.text, "score": result.score}]
     return results
@@ -112,7 +112,7 @@ def error_rates(hypotheses: list[str], references: list[str], language: str) -> 
     Case and punctuation count as they stand. Chinese and Japanese have no words that one could
     split off, so there each character is one, and both rates are the same.
     """
-    unspaced = language in UNSPACED
+    unspaced = language in TOKENIZERS
 
     def characters(text: str) -> str:
         return ("" if unspaced else " ").join(text.split())
@@ -325,7 +325,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     check_options(args)
     if bool(args.test) == bool(args.audio):
-        raise ValueError("expected either --test or audio files, found both or none of them")
+        raise ValueError("expected --test or audio files, but there are both or neither")
     for name, need in (("data", "test"), ("lang", "audio")):
         if getattr(args, name) and not getattr(args, need):
             raise ValueError(
@@ -333,8 +333,7 @@ def run(args: argparse.Namespace) -> int:
             )
     model, folder = load_model(args)
     meter = Meter(model) if args.stats else nullcontext()
-    with phase("even with one clip at a time", "fewer --beams or --max-new-tokens need less"):
-        results = (run_tests if args.test else run_clips)(model, args, folder, meter)
+    results = (run_tests if args.test else run_clips)(model, args, folder, meter)
     if args.stats:
         used = [result.path for result in results if not result.error]
         print_cost(meter.figures(results, sum(map(audio_seconds, map(Path, used)))), args.json)

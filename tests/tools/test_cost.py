@@ -40,7 +40,23 @@ def test_the_meter_counts_what_the_model_computes(clips, tmp_path, window):
     assert meter.flops > before
 
 
-def test_the_gpus_counter_is_read_as_joules_or_not_at_all(model, monkeypatch):
+def test_a_meter_counts_only_inside_its_block_however_often_it_is_used(model, clips):
+    def flops_of(meter):
+        before = meter.flops
+        with meter:
+            translate(model, toys.good(clips)[:1], search=SearchOptions(1, max_new_tokens=2))
+        return meter.flops - before
+
+    merge_lora(model)
+    first, second = cost.Meter(model), cost.Meter(model)  # a notebook cell that runs twice
+    assert flops_of(first) == flops_of(second) == flops_of(second) > 0
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    with pytest.raises(KeyboardInterrupt), first:
+        raise KeyboardInterrupt
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_joules_are_those_of_the_gpus_counter_or_unknown(model, monkeypatch):
     class Driver:
         failed, millijoules = 0, 5_000
 
@@ -74,7 +90,7 @@ def command(run_main):
     return partial(run_main, evaluate)
 
 
-def test_stats_say_on_stderr_what_it_cost(command, quick, clips, monkeypatch):
+def test_stats_are_printed_to_stderr(command, quick, clips, monkeypatch):
     code, lines, err = command(*quick, "--stats", *toys.good(clips))
     assert code == 0 and len(lines) == len(toys.good(clips))
     costs = dict(line.rsplit(maxsplit=1) for line in err.splitlines())

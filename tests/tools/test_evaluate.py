@@ -23,7 +23,7 @@ SHORT = SearchOptions(1, max_new_tokens=3)
 # ----------------------------------------------------------------------------------------- cascade
 
 
-def test_a_cascade_translates_what_it_has_transcribed(model, clips):
+def test_a_cascade_translates_its_transcripts(model, clips):
     paths = [*toys.good(clips), clips / "empty.wav"]
     heard = translate(model, paths, "asr", search=THREE)
     found = cascade(model, paths, "fr", "en", THREE, batch_size=2)
@@ -50,7 +50,7 @@ def test_a_cascade_translates_a_long_clip_piece_by_piece(model, long_clip):
     assert found.text == " ".join(piece["text"] for piece in found.pieces)
 
 
-def test_a_cascade_finds_nothing_to_translate_where_nothing_was_said(model, clips, monkeypatch):
+def test_a_cascade_keeps_an_empty_transcript_empty(model, clips, monkeypatch):
     monkeypatch.setattr(model.tokenizer, "decode", lambda ids: "")
     heard = translate(model, toys.good(clips), "asr", search=THREE)
     found = cascade(model, toys.good(clips), "fr", "en", THREE)
@@ -73,7 +73,7 @@ def slow_distance(a: str, b: str) -> int:
     )
 
 
-def test_the_edit_distance_is_that_of_brute_force():
+def test_the_edit_distance_equals_brute_force():
     words = ["".join(word) for n in range(4) for word in itertools.product("ab", repeat=n)]
     chance = random.Random(0)
     words += ["".join(chance.choices("abc", k=chance.randint(4, 6))) for _ in range(10)]
@@ -146,7 +146,7 @@ def results_of(rows: list[Row], *texts: str | None) -> list[Translation]:
     ]  # fmt: skip
 
 
-def test_transcripts_are_compared_with_the_sentence_of_those_rows_that_have_one(tmp_path, capsys):
+def test_rows_without_a_sentence_are_left_out_of_the_error_rates(tmp_path, capsys):
     rows = rows_of("fr", "en")
     silent = Row(Path("silent.mp3"), " ", "said", "fr", "en", 1.0)
     assert rows_with_reference([silent, *rows], "asr") == rows
@@ -162,13 +162,13 @@ def test_transcripts_are_compared_with_the_sentence_of_those_rows_that_have_one(
         rows_with_reference([silent], "asr")
 
 
-def test_transcripts_of_chinese_are_split_as_chinese_whatever_the_target():
+def test_chinese_transcripts_are_compared_by_characters():
     rows = [Row(Path("a.mp3"), "她喜欢喝茶。", "She likes tea.", "zh-CN", "en", 1.0)]
     results = results_of(rows, "他喜欢喝茶")
     assert score_results(rows, results, None, "asr")["wer"] == round(100 * 2 / 6, 2)
 
 
-def test_hypotheses_and_references_must_be_as_many():
+def test_transcripts_and_references_of_different_number_are_an_error():
     with pytest.raises(ValueError):
         error_rates(["one"], ["one", "two"], "en")
 
@@ -219,7 +219,7 @@ def test_several_directions_are_a_table_with_their_average(command, tmp_path):
         assert len(read_table(tmp_path / f"scored.st.{name}.tsv")) == 4
 
 
-def test_signatures_that_differ_are_told_apart(command):
+def test_different_signatures_have_lines_of_their_own(command):
     *_, first, second = command("--test", "fr,en-zh-CN,de")[1]
     assert first.startswith("fr-en, de-en: ") and "tok:13a" in first
     assert second.startswith("en-zh-CN: ") and "tok:zh" in second
@@ -235,11 +235,11 @@ def test_error_rates_of_several_languages_are_a_table_too(command, says, tmp_pat
     assert read_table(tmp_path / "scored.asr.en.tsv")[1][:3] == ["en0.mp3", "dit en 0", "dit en 0"]
 
 
-def test_transcripts_are_those_of_the_direction_that_was_named(command, says, tmp_path):
+def test_transcripts_use_the_direction_of_test(command, says, tmp_path):
     for direction in ("en-de", "en-zh-CN", "en-ja"):  # whatever it was trained to translate into
         assert command("--test", direction, "--task", "asr")[0] == 0
         assert says.calls[-1][:3] == ("asr", "en", direction.removeprefix("en-"))
-    assert "--lang is it, but" in command("--test", "it", "--task", "asr")[2]
+    assert "--lang is it; " in command("--test", "it", "--task", "asr")[2]
 
 
 def test_json_is_an_object_for_each_direction(command):
@@ -250,15 +250,15 @@ def test_json_is_an_object_for_each_direction(command):
     assert german["failed"] == 1
 
 
-def test_what_is_missing_is_said_before_the_first_clip_is_translated(command, says, without_mecab):
+def test_a_missing_test_set_is_reported_before_the_first_clip(command, says, without_mecab):
     code, lines, err = command("--test", "fr,es")
     assert (code, lines, says.calls) == (2, [], [])
     assert err.endswith("has no test clips\n") and err.count("\n") == 1
     code, lines, err = command("--test", "fr,en-ja")
-    assert code == 2 and "--lang is en-ja, but" in err and says.calls == []
+    assert code == 2 and "--lang is en-ja; " in err and says.calls == []
 
 
-def test_a_tokenizer_that_is_missing_is_said_before_the_first_clip(
+def test_a_missing_tokenizer_is_reported_before_the_first_clip(
     command, says, without_mecab, monkeypatch
 ):
     model = SimpleNamespace(config=SimpleNamespace(directions=("fr-en", "en-ja")))
@@ -270,7 +270,7 @@ def test_a_tokenizer_that_is_missing_is_said_before_the_first_clip(
 # ------------------------------------------------------------------------------- published numbers
 
 
-def test_published_scores_come_after_ones_own_with_their_caveats(command, tmp_path):
+def test_published_scores_follow_the_models_scores_with_a_caveat(command, tmp_path):
     lines = command("--test", "fr,de,en-zh-CN", "--data", str(tmp_path))[1]
     own = next(i for i, line in enumerate(lines) if line.startswith("average"))
     start = next(i for i, line in enumerate(lines) if line.startswith("published BLEU"))
@@ -285,7 +285,7 @@ def test_published_scores_come_after_ones_own_with_their_caveats(command, tmp_pa
         assert words in caveat
 
 
-def test_published_scores_are_printed_only_where_they_can_be_compared(command, tmp_path):
+def test_published_scores_are_printed_only_for_other_corpora_that_have_some(command, tmp_path):
     other = ["--data", str(tmp_path)]
     assert not any("Whisper" in line for line in command("--test", "fr")[1]), "embedded corpus"
     assert command("--test", "de", *other)[1][-1] == evaluate.CAVEAT.splitlines()[-1]
@@ -295,7 +295,7 @@ def test_published_scores_are_printed_only_where_they_can_be_compared(command, t
     assert not any("published" in line for line in lines)
 
 
-def test_published_averages_are_those_of_the_table_they_are_quoted_from():
+def test_published_averages_equal_those_of_the_quoted_table():
     means = {
         "Whisper-large-v2": 31.3, "SeamlessM4T-large-v2": 35.2, "LLaST-2B": 34.0, "LLaST-8B": 36.7,
     }  # fmt: skip
@@ -306,7 +306,7 @@ def test_published_averages_are_those_of_the_table_they_are_quoted_from():
 # ------------------------------------------------------------------------ the command with a model
 
 
-def test_test_scores_the_test_set_and_writes_every_clip(run_main, quick, made, clips, tmp_path):
+def test_a_test_set_is_scored_and_every_clip_is_written(run_main, quick, made, clips, tmp_path):
     folder = tmp_path / "fr"
     shutil.copytree(clips, folder / "clips")
     rows = [("good0.wav", "un", "one", "test"), ("good1.wav", "deux", "two", "test")]
@@ -326,7 +326,7 @@ def test_test_scores_the_test_set_and_writes_every_clip(run_main, quick, made, c
     assert f"corpus: {tmp_path}" in err
 
 
-def test_all_is_looked_up_before_the_first_clip_is_translated(
+def test_everything_is_checked_before_the_first_clip(
     run_main, quick, made, clips, tmp_path, monkeypatch
 ):
     folder = tmp_path / "fr"
@@ -352,3 +352,35 @@ def test_all_is_looked_up_before_the_first_clip_is_translated(
     code, _, err = run_main(evaluate, *tests)
     written.rmdir()
     assert code == 2 and "Is a directory" in err and "scored.st.fr-en.tsv" in err
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"data": 7}', "[" * 100_000, "null", "{}"])
+def test_a_broken_run_json_is_a_message(run_main, quick, made, text):
+    file = made / "trained" / "run.json"
+    file.write_text(text)
+    code, _, err = run_main(evaluate, *quick, "--test", "fr")
+    file.unlink()
+    assert code == 2 and "run.json" in err and "--data" in err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([], "expected --test or audio files"),
+        (["a.wav", "--test", "fr"], "expected --test or audio files"),
+        (["a.wav", "--data", "x"], "--data is only for --test"),
+        (["--test", "fr", "--lang", "fr"], "--lang is only for audio files"),
+        (["--test", "de"], "--lang is de-en; "),
+        (["--test", "fr", "--data", "/nowhere"], "fr-en"),
+        (["--test", "fr", "--beams", "0"], "--beams is 0; expected 1 or more"),
+    ],
+)
+def test_mistakes_give_exit_code_2_and_a_message(run_main, quick, flags, message):
+    code, lines, err = run_main(evaluate, *quick, *flags)
+    assert (code, lines) == (2, []) and err.startswith("evaluate.py: ") and message in err
+
+
+def test_audio_files_can_be_translated_by_a_cascade(run_main, quick, model, clips):
+    code, lines, _ = run_main(evaluate, *quick, "--task", "cascade", *toys.good(clips))
+    results = cascade(model, toys.good(clips), "fr", "en", THREE)
+    assert code == 0 and lines == [f"{r.path}\t{r.text}" for r in results]
