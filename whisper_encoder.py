@@ -296,9 +296,7 @@ def clip_to_mel(audio: Tensor, n_mels: int, window: str) -> Tensor:
         raise ValueError(f"window is {window!r}; it can be one of {WINDOWS}")
     if not 0 < len(audio) <= MAX_SAMPLES:
         seconds = len(audio) / SAMPLE_RATE
-        raise ValueError(
-            f"the clip has {seconds:.2f} s; the encoder takes more than 0 and up to 30"
-        )
+        raise ValueError(f"the clip has {seconds:.2f} s, not more than 0 and up to {MAX_SECONDS} s")
     length = MAX_SAMPLES if window == "30s" else n_states(len(audio)) * STEP
     return log_mel_spectrogram(F.pad(audio, (0, length - len(audio))), n_mels)
 
@@ -400,12 +398,9 @@ class WhisperEncoder(nn.Module):
         all S. For a short clip in a window of 30 s this saves most of that layer.
         """
         B, M, frames = mel.shape
-        S = frames // 2
-        if S > self.config.max_source_positions:
-            raise ValueError(
-                f"{frames} mel frames make {S} states; this encoder has positions for "
-                f"{self.config.max_source_positions}: split the clip"
-            )
+        S, most = frames // 2, self.config.max_source_positions
+        if S > most:
+            raise ValueError(f"a clip has {S} states; this encoder takes {most}: split the clip")
         can_attend = None
         if lengths is not None and bool((lengths < S).any()):
             is_real = torch.arange(S, device=mel.device) < lengths[:, None]  # (B, S)
