@@ -53,7 +53,7 @@ def tokenizer(tmp_path_factory):
         ("FR", "fr"),
     ],
 )
-def test_an_unknown_language_is_answered_with_the_nearest(typed, meant):
+def test_the_error_for_an_unknown_language_names_the_nearest(typed, meant):
     with pytest.raises(ValueError, match=f"did you mean '{meant}'"):
         data.check_language(typed)
 
@@ -68,11 +68,11 @@ def test_an_unknown_language_is_answered_with_the_nearest(typed, meant):
         ("sv-SE", [("sv-SE", "en")]),
     ],
 )
-def test_directions_are_read_as_users_write_them_each_once(typed, directions):
+def test_each_direction_is_read_once_in_every_spelling(typed, directions):
     assert data.parse_directions(typed) == directions
 
 
-def test_all_is_covost_and_paper_is_what_the_paper_trains_on():
+def test_all_means_covost_and_paper_means_the_directions_of_the_paper():
     into = "fr de es ca it ru zh-CN pt fa et mn nl tr ar sv-SE lv sl ta ja id cy".split()
     from_english = "de tr fa sv-SE mn zh-CN cy ca sl et id ar ta lv ja".split()
     everything = {(code, "en") for code in into} | {("en", code) for code in from_english}
@@ -98,7 +98,7 @@ def test_all_is_covost_and_paper_is_what_the_paper_trains_on():
         ("fr,", "unknown language ''"),
     ],
 )
-def test_directions_that_make_no_sense_are_refused(typed, message):
+def test_directions_without_english_or_with_unknown_codes_are_refused(typed, message):
     with pytest.raises(ValueError, match=message):
         data.parse_directions(typed)
 
@@ -355,7 +355,7 @@ def test_links_that_stay_inside_and_a_linked_folder_of_clips_are_fine(corpus):
     assert [row.seconds for row in rows] == [0.5] * 3
 
 
-def test_a_missing_corpus_is_answered_with_the_corpora_that_exist(corpus):
+def test_the_error_for_a_missing_corpus_names_those_that_exist(corpus):
     with pytest.raises(
         FileNotFoundError, match=r"no de-en .* needs .*de/de-en\.tsv .*there: fr-en\."
     ):
@@ -462,12 +462,12 @@ for task, instruction in {
     ]
 
 
-def test_every_template_and_task_has_its_picture():
+def test_every_template_and_task_is_tested():
     assert set(PICTURES) == {(t, task) for t in data.TEMPLATES for task in data.INSTRUCTIONS}
 
 
 @pytest.mark.parametrize(("template", "task"), PICTURES)
-def test_the_answer_and_its_end_carry_loss_and_nothing_else(tokenizer, template, task):
+def test_only_the_answer_and_its_end_token_have_labels(tokenizer, template, task):
     special = {BOS: [1], EOS: [2], AUDIO: [AUDIO_ID], IM_START: [1298], IM_END: [1299]}
     expected = [
         (i, i if is_answer else IGNORE)
@@ -479,7 +479,7 @@ def test_the_answer_and_its_end_carry_loss_and_nothing_else(tokenizer, template,
 
 
 @pytest.mark.parametrize(("template", "task"), PICTURES)
-def test_training_and_use_begin_with_the_same_prompt(tokenizer, template, task):
+def test_training_and_translation_use_the_same_prompt(tokenizer, template, task):
     prompt = data.prompt_ids(data.prompt_for(task, "fr", "en", template), tokenizer)
     ids, labels = data.answer_row(Example(STUDIED, task), tokenizer, template)
     assert ids[: len(prompt)] == prompt
@@ -522,8 +522,8 @@ def test_every_row_is_translated_and_a_share_is_also_transcribed(asr, n):
     assert len(examples) == 20 + n
 
 
-def test_the_mix_of_one_direction_is_what_it_always_was():
-    """Written down with the first version of this function: old runs can be run again."""
+def test_the_order_of_old_runs_does_not_change():
+    """GOLDEN_MIX is from the first version of this function, so that old runs can be repeated."""
     mix = data.examples_for(ROWS[:4], 0.5, seed=1, epoch=2)
     assert [(example.row.path.stem, example.task) for example in mix] == GOLDEN_MIX
 
@@ -546,7 +546,7 @@ def test_a_clip_without_a_sentence_is_only_translated():
     assert len(mix) == 21
 
 
-def test_translating_answers_with_the_translation_and_transcribing_with_the_sentence():
+def test_the_answer_is_the_translation_or_the_sentence():
     assert Example(ROWS[3], "st").answer == "said 3"
     assert Example(ROWS[3], "asr").answer == "dit 3"
 
@@ -710,7 +710,7 @@ def test_an_epoch_holds_every_example_once_within_the_budget(tokenizer):
     assert batches.groups(3) == groups != batches.groups(4)
 
 
-def test_a_clip_that_fails_is_left_out_of_its_batch_and_remembered(tmp_path, tokenizer):
+def test_a_clip_that_fails_is_left_out_of_its_batch_and_reported(tmp_path, tokenizer):
     good = Row(write(tmp_path / "good.wav", tone(300, 16000)), "un", "one", "fr", "en", 0.2)
     bad = Row(tmp_path / "bad.wav", "deux", "two", "fr", "en", 0.2)
     bad.path.write_bytes(b"no audio at all")

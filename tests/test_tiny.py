@@ -1,4 +1,4 @@
-"""The embedded default keeps apart what its README says it keeps apart, and stays small."""
+"""tiny/: no sentence or voice of dev and test is in train, and the files stay small."""
 
 import shutil
 import subprocess
@@ -15,7 +15,7 @@ LANGUAGES = ("de", "es", "fr")
 
 @pytest.fixture
 def scripts(monkeypatch):
-    """The modules of tiny/, which are scripts beside the library."""
+    """The modules of tiny/, which are scripts outside the library."""
     monkeypatch.syspath_prepend(ROOT / "tiny")
     import make_corpus
     import speak
@@ -53,7 +53,7 @@ def test_every_clip_is_in_the_table_once(language):
     assert clips == sorted(row["path"] for row in rows(language))
 
 
-def test_the_voices_of_the_corpus_are_those_of_its_splits_and_no_group_shares_one(scripts):
+def test_each_split_has_its_own_voices(scripts):
     _, speak = scripts
     voices = [voice.lower() for group in speak.VOICES.values() for voice in group]
     assert len(set(voices)) == len(voices)
@@ -61,7 +61,7 @@ def test_the_voices_of_the_corpus_are_those_of_its_splits_and_no_group_shares_on
         assert used == set(speak.VOICES[split])
 
 
-def test_what_no_pretraining_may_see_is_all_of_dev_and_test(scripts):
+def test_held_out_texts_are_exactly_those_of_dev_and_test(scripts):
     make_corpus, _ = scripts
     held_out = make_corpus.held_out_texts()
     for language in LANGUAGES:
@@ -71,7 +71,7 @@ def test_what_no_pretraining_may_see_is_all_of_dev_and_test(scripts):
 
 
 @pytest.mark.skipif(not shutil.which("espeak-ng"), reason="espeak-ng is not installed")
-def test_a_voice_that_espeak_ng_would_leave_out_is_refused(scripts):
+def test_a_voice_that_espeak_ng_does_not_have_is_refused(scripts):
     _, speak = scripts
     for lost in ("fr-fr+m3", "fr+Gustave"):
         with pytest.raises(ValueError, match="the variant is lost"):

@@ -2,8 +2,8 @@
 
     python tiny/make_corpus.py          needs espeak-ng
 
-The dev and test sentences are drawn first; no sentence of theirs, in any of the four languages, is
-in the training part, nor in any text or speech that make_llm.py and make_encoder.py draw.
+The dev and test sentences are drawn first. None of them, in any of the four languages, is in the
+train split or in a text or recording that make_llm.py and make_encoder.py draw.
 """
 
 import argparse
@@ -32,7 +32,7 @@ SIZES = {  # clips
 
 
 def distinct(rng: random.Random, exclude: set[str]) -> Iterator[dict[str, str]]:
-    """Meanings that share no sentence, in any language, with `exclude` or with one another."""
+    """Yield sentences in all languages. No text is in `exclude`, and no text comes twice."""
     exclude = set(exclude)
     while True:
         meaning = phrasebook.sentence(rng)
@@ -42,20 +42,20 @@ def distinct(rng: random.Random, exclude: set[str]) -> Iterator[dict[str, str]]:
 
 
 def held_out() -> dict[str, list[dict[str, str]]]:
-    """The meanings of dev and test: one list for all languages, as large as the largest needs."""
+    """The sentences of dev and test in all languages, as many as the largest corpus needs."""
     fresh = distinct(random.Random(SEED), set())
     sizes = {split: max(size[split] for size in SIZES.values()) for split in ("test", "dev")}
     return {split: [next(fresh) for _ in range(size)] for split, size in sizes.items()}
 
 
 def held_out_texts() -> set[str]:
-    """Every dev and test sentence in every language: what no training may see."""
+    """Every dev and test sentence in every language. No training may use these texts."""
     meanings = [meaning for part in held_out().values() for meaning in part]
     return {text for meaning in meanings for text in meaning.values()}
 
 
 def make_clip(job) -> str:
-    """Speak and write one clip; returns the voice. A function of its arguments alone."""
+    """Speak and write one clip, and return the voice. The result depends only on the arguments."""
     path, text, language, split = job
     audio, voice = recording(text, language, split, random.Random(f"{SEED} {path.name}"))
     write_opus(path, audio)
@@ -63,6 +63,7 @@ def make_clip(job) -> str:
 
 
 def make_language(language: str):
+    """Write the clips and the table of one language."""
     folder = CORPUS / language
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "clips").mkdir(parents=True)

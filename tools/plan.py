@@ -9,13 +9,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository, whatever the folder is
 
-from data import parse_directions, read_corpus
+from data import CACHE_BYTES, parse_directions, read_corpus
 from llama import Llama, LlamaConfig
 from llast import LLaST
 from tools.cost import encoder_flops, llm_flops, projector_flops
 from train import PRESETS, Preset, fetch, model_config, print_parts, short, with_flags
 from train import build_parser as train_parser
-from whisper_encoder import WhisperConfig, WhisperEncoder
+from whisper_encoder import SAMPLE_RATE, WhisperConfig, WhisperEncoder
 
 GEOMETRY = {  # config.json of the checkpoints in train.PUBLIC
     "whisper-large-v2": WhisperConfig(80, 1280, 32, 20, 5120, 1500),
@@ -190,6 +190,8 @@ def print_plan(settings: Preset, clips: int | None):
     loading = 2 * frozen + 4 * trained + 16 * largest  # LoRA beside the weights, until it is merged
     merged = 2 * frozen + 4 * projector + translation_bytes(settings, Wc, Lc, S, P - ANSWER)
     print(f"    {f'to translate {CLIPS} such clips':29}{max(loading, merged) / 1e9:6.2f}")
+    decoded = min(CACHE_BYTES, 4 * SAMPLE_RATE * seconds * sum(row[1] for row in rows))
+    print(f"    {'main memory: decoded clips':29}{decoded / 1e9:6.2f}")
     flops = example_flops(settings, Wc, Lc, S, heard, TEXT, ANSWER)
     hours = n * settings.epochs * flops / (FLOPS * SHARE) / 3600
     lasts = f"{hours:.1f} h" if hours > 0.1 else "less than 0.1 h"

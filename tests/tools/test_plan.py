@@ -74,6 +74,8 @@ def test_training_without_the_weights_says_how_to_get_them(monkeypatch, capsys):
 def test_the_embedded_default_is_planned_on_its_own_corpus(capsys):
     out = planned(capsys, "tiny", "--lang", "fr")
     assert "training rows in" in out and "fr-en              1,360       1,360" in out
+    assert "main memory: decoded clips     0.17" in out  # 44.4 minutes of float32 at 16 kHz
+    assert "main memory: decoded clips     2.00" in planned(capsys, "llast-8b")
     out = planned(capsys, "tiny", "--lang", "fr,de", "--clips", "300")
     assert "fr-en                300         300" in out and "de-en                300" in out
 

@@ -78,7 +78,7 @@ CLIPS = [  # file, sentence, translation, split; None where a table has no line 
 
 @pytest.fixture
 def common_voice(tmp_path):
-    """A French Common Voice 4 of made-up clips, CoVoST-2's table beside it, and all that breaks."""
+    """A made-up French Common Voice 4 with CoVoST-2's table, and with every kind of bad row."""
     clips = tmp_path / "cv" / "fr" / "clips"
     spoken = ["client_id\tpath\tsentence\tup_votes\tdown_votes\tage\tgender\taccent"]
     translated = ["path\ttranslation\tsplit"]
@@ -173,7 +173,7 @@ def test_the_report_counts_every_row_once(common_voice, capsys):
         assert line in " ".join(printed.split())
 
 
-def test_what_was_prepared_is_what_is_read(common_voice):
+def test_read_corpus_reads_what_prepare_wrote(common_voice):
     assert prepare(*flags_for(common_voice)) == 0
     splits, unusable = data.read_corpus(common_voice / "out", "fr", "en")
     read = {
@@ -217,7 +217,7 @@ def test_samples_beyond_full_scale_clip_and_do_not_wrap(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("ffmpeg"), reason="ffmpeg is not installed")
 def test_mp3_files_streamed_by_ffmpeg_are_all_prepared(tmp_path):
-    """Common Voice's own files have no Xing frame: ffmpeg could not go back to write one."""
+    """Common Voice's files have no Xing frame, because ffmpeg cannot write it into a pipe."""
     clips = tmp_path / "cv" / "fr" / "clips"
     clips.mkdir(parents=True)
     spoken, translated = ["client_id\tpath\tsentence"], ["path\ttranslation\tsplit"]
@@ -284,7 +284,7 @@ def test_training_runs_on_what_was_prepared(common_voice, monkeypatch, capsys):
 
 
 def many_clips(folder: Path, n: int, seconds: float = 0.2):
-    """A corpus of n clips in train, which are one file under many names."""
+    """A corpus of n clips, which are one file under many names."""
     clips = folder / "cv" / "fr" / "clips"
     write_clip(clips / "0.mp3", seconds)
     for i in range(1, n):
@@ -297,9 +297,7 @@ def many_clips(folder: Path, n: int, seconds: float = 0.2):
     write_lines(folder / "covost" / name, "path\ttranslation\tsplit", *translated)
 
 
-def test_a_run_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(
-    tmp_path, monkeypatch, capsys
-):
+def test_a_stopped_run_continues_and_gives_the_same_corpus(tmp_path, monkeypatch, capsys):
     many_clips(tmp_path, 60)
     assert prepare(*flags_for(tmp_path)) == 0
     expected = content(tmp_path / "out")
@@ -328,7 +326,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_as_if_it_had_not_been(
     assert f"{len(there)} clips were converted before" in capsys.readouterr().out
 
 
-def test_ctrl_c_leaves_whole_files_and_no_traceback(tmp_path):
+def test_ctrl_c_leaves_complete_files_and_no_traceback(tmp_path):
     many_clips(tmp_path, 400, seconds=20.0)
     clips = tmp_path / "out" / "fr" / "clips"
     words = [sys.executable, ROOT / "tools" / "prepare.py", *map(str, flags_for(tmp_path))]
@@ -424,14 +422,14 @@ def test_fleurs_is_joined_by_the_ids_of_its_sentences(tmp_path):
     assert report_of(tmp_path, "en-fr")["in no split"]["no translation"] == 1
 
 
-def test_every_language_has_its_folder_in_fleurs():
+def test_every_language_has_a_folder_in_fleurs():
     assert command.FLEURS["zh-CN"] == "cmn_hans_cn" and command.FLEURS["cy"] == "cy_gb"
     for code, folder in command.FLEURS.items():
         assert folder.startswith(code[:2]) or code == "zh-CN"
     assert set(command.FLEURS) == set(data.LANGUAGES)
 
 
-# ----------------------------------------------------------------------------- a table of one's own
+# ----------------------------------------------------------------------------- a table of your own
 
 
 def table_flags(folder: Path, *more) -> tuple:
@@ -439,7 +437,7 @@ def table_flags(folder: Path, *more) -> tuple:
             "--out", folder / "out", *more)  # fmt: skip
 
 
-def test_a_table_without_transcripts_trains_translation_only(tmp_path):
+def test_a_table_without_transcripts_gives_only_translation_examples(tmp_path):
     lines = ["path\ttranslation\tlang\tsplit"]
     for i, split in enumerate(["train", "", "dev", "test", "train"]):
         write_clip(tmp_path / "audio" / "far" / f"{i}.wav")
@@ -500,7 +498,7 @@ def test_the_report_counts_test_texts_that_are_also_in_train(tmp_path, capsys):
     assert report_of(tmp_path, "cy-en")["overlap"] == line
 
 
-def test_a_table_without_splits_has_them_drawn_by_name(tmp_path, capsys):
+def test_without_a_split_column_the_name_of_a_clip_decides_its_split(tmp_path, capsys):
     lines = [f"{i}.wav\tsaid {i}\tdit {i}" for i in range(100)]
     for i in range(100):
         write_clip(tmp_path / "audio" / f"{i}.wav", 0.01)
@@ -525,7 +523,7 @@ def test_a_table_without_splits_has_them_drawn_by_name(tmp_path, capsys):
 
 
 def refused(capsys, *flags) -> str:
-    """The one line that an error is."""
+    """The error message, which is one line."""
     capsys.readouterr()
     assert prepare(*flags) == 2
     printed = capsys.readouterr().err
@@ -559,7 +557,7 @@ def test_a_bad_row_is_named_and_nothing_is_written(tmp_path, capsys, row, messag
     assert not (tmp_path / "out").exists()
 
 
-def test_a_table_of_other_languages_says_which(tmp_path, capsys):
+def test_the_error_for_a_table_of_other_languages_names_them(tmp_path, capsys):
     write_clip(tmp_path / "audio" / "a.wav")
     write_lines(tmp_path / "mine.tsv", "path\ttranslation\tlang", "a.wav\tx\twelsh")
     assert "no row of cy: its column lang holds ['welsh']" in refused(
@@ -567,7 +565,7 @@ def test_a_table_of_other_languages_says_which(tmp_path, capsys):
     )
 
 
-def test_what_is_missing_is_named_before_any_work(common_voice, capsys):
+def test_missing_files_are_reported_before_any_work(common_voice, capsys):
     def says(**changes):
         flags = list(flags_for(common_voice))
         for name, value in changes.items():
@@ -601,7 +599,7 @@ def test_a_table_that_is_too_small_to_draw_from_is_refused(tmp_path, capsys):
     assert "1 rows, too few" in refused(capsys, *table_flags(tmp_path))
 
 
-def test_a_corpus_is_neither_overwritten_nor_mixed_with_another(common_voice, capsys):
+def test_a_corpus_is_not_overwritten_and_not_mixed_with_another(common_voice, capsys):
     flags = list(flags_for(common_voice))
     flags[8] = common_voice / "cv"
     before = content(common_voice / "cv")
@@ -624,7 +622,7 @@ def test_a_corpus_is_neither_overwritten_nor_mixed_with_another(common_voice, ca
     assert content(common_voice / "out") == before
 
 
-def test_the_help_says_what_to_type(capsys):
+def test_the_examples_in_the_help_can_be_parsed(capsys):
     for flags in (["-h"], ["covost2", "-h"]):
         with pytest.raises(SystemExit) as ended:
             command.main(flags)
