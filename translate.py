@@ -3,7 +3,7 @@
     python translate.py --model runs/fr clip.wav other.mp3
 
 The rules of beam search are those of transformers, so both give the same hypotheses. Scores are
-those of sacreBLEU. tests/test_translate.py compares beam search with an exhaustive search.
+those of sacreBLEU. tests/test_translate.py compares beam search with the search of all answers.
 
 Sizes: B clips, W beams, P positions of a prompt, V vocabulary, D LLM width, N samples (16 kHz),
 T text tokens, S audio positions.
@@ -32,8 +32,9 @@ from lora import merge_lora
 from whisper_encoder import MAX_SECONDS, SAMPLE_RATE, AudioError, audio_seconds, load_audio
 
 HERE = Path(__file__).parent
-# Languages without spaces between words, and sacreBLEU's tokenizer for each. For the others it is
-# 13a. With another tokenizer BLEU is a different number.
+
+# Languages without spaces between words, and the tokenizer of sacreBLEU for each. The others have
+# the tokenizer 13a. The original has the same ones. BLEU with another tokenizer is not comparable.
 TOKENIZERS = {"zh-CN": "zh", "ja": "ja-mecab"}
 
 
@@ -93,7 +94,8 @@ def read_prompts(llm: Llama, prompts: list[Tensor]) -> tuple[Tensor, Cache, Tens
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     x = pad_sequence(prompts, batch_first=True)  # (B, P, D)
     is_real = torch.arange(x.shape[1], device=device) < lengths[:, None]  # (B, P)
-    # The first token follows the last position of a prompt. Position lengths - 1 is before padding.
+    # The state at the last position of a prompt predicts the first token of the answer. Behind it
+    # there is only padding, so its index is lengths - 1.
     last, cache = llm.hidden(x, asked=(torch.arange(B, device=device), lengths - 1))  # (B, D)
     return last, cache, is_real
 
@@ -105,13 +107,13 @@ def beam_search(
     """Return the best W answers to each of B prompts of embeddings (P, D), the best one first.
 
     The W beams of a clip are W tokens in one row of the LLM. The KV cache holds the prompt once,
-    then W keys for each step, and is never reordered. Instead the rows of `can_attend` are
-    reordered. They say which keys are a beam's own past. Here are 2 beams after 3 steps:
+    then W keys for each step. It is never reordered: the rows of `can_attend` are, and they say
+    which keys belong to the past of a beam. Example: 2 beams after 3 steps.
 
-        keys:              prompt    step 1    step 2    step 3
-                           . . .     the  a    cat dog   ran slept
-        beam "the dog ran"  1 1 1     1   0     0   1     1   0
-        beam "the cat slept" 1 1 1    1   0     1   0     0   1
+        keys                   prompt    step 1     step 2      step 3
+                               p p p     the  a     cat  dog    ran  slept
+        beam "the dog ran"     1 1 1      1   0      0    1      1     0
+        beam "the cat slept"   1 1 1      1   0      1    0      0     1
     """
     # Step 1. Read each prompt once, for all of its beams.
     W, device = options.beams, prompts[0].device
@@ -219,10 +221,10 @@ class Clip:
         self.error: str | None = None
 
     def seconds(self) -> float:
+        if self.is_waveform:
+            return self.source.numel() / SAMPLE_RATE
         try:
-            return (
-                len(self.source) / SAMPLE_RATE if self.is_waveform else audio_seconds(self.source)
-            )
+            return audio_seconds(self.source)
         except AudioError:  # read_pieces reports it
             return 0.0
 
@@ -238,9 +240,10 @@ class Clip:
 
 
 def split_at_quiet(audio: Tensor, most: int) -> list[tuple[int, int]]:
-    """Pieces of at most `most` samples, cut where a long clip is quietest. (N,) -> [(start, end)]
+    """Cut a long clip at quiet places into pieces of at most `most` samples.
 
-    A cut is the middle of the quietest 0.2 s in the second half of what a piece may take.
+    (N,) -> start and end of each piece. A cut is in the middle of the quietest 0.2 s in the second
+    half of the longest possible piece.
     """
     width = min(SAMPLE_RATE // 5, most - most // 2)
     pieces, start = [], 0
@@ -248,8 +251,10 @@ def split_at_quiet(audio: Tensor, most: int) -> list[tuple[int, int]]:
         first = start + most // 2
         energy = audio[first : start + most].double().square().cumsum(dim=0)
         energy = torch.nn.functional.pad(energy, (1, 0))
-        loudness = energy[width:] - energy[:-width]  # of the window that starts at each sample
-        last_minimum = len(loudness) - 1 - int(loudness.flip(0).argmin())  # so few pieces
+        loudness = energy[width:] - energy[:-width]  # of the 0.2 s after each sample
+        last_minimum = (
+            len(loudness) - 1 - int(loudness.flip(0).argmin())
+        )  # the last one: fewer pieces
         cut = first + last_minimum + (width + 1) // 2
         pieces.append((start, cut))
         start = cut
@@ -547,7 +552,7 @@ def load_model(args: argparse.Namespace) -> tuple[LLaST, Path]:
 def print_json(value: dict, file=None):
     """Print an object on a line. Escape what is not ASCII if the output is not UTF-8."""
     is_utf8 = (file or sys.stdout).encoding.lower().replace("-", "") == "utf8"
-    print(json.dumps(value, ensure_ascii=not is_utf8), file=file, flush=True)
+    tqdm.write(json.dumps(value, ensure_ascii=not is_utf8), file)
 
 
 def show(result: Translation, as_json: bool, n_best: int = 1):
@@ -555,11 +560,11 @@ def show(result: Translation, as_json: bool, n_best: int = 1):
     if as_json:
         print_json(asdict(result))
     elif result.error:
-        print(result.error, file=sys.stderr)
+        tqdm.write(result.error, sys.stderr)
     else:
         for best in result.n_best:
             score = f"{best['score']:.3f}\t" if n_best > 1 else ""
-            print(f"{result.path}\t{score}{' '.join(best['text'].split())}", flush=True)
+            tqdm.write(f"{result.path}\t{score}{' '.join(best['text'].split())}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -589,7 +594,8 @@ def run(args: argparse.Namespace) -> int:
 
 def run_command(name: str, run: Callable, args: argparse.Namespace) -> int:
     """Run a command. Return its exit code: 2 after an error, 130 after Ctrl-C."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # escape what stdout cannot encode
+    # Print each line at once, and escape the characters that stdout cannot encode.
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         return run(args)
     except KeyboardInterrupt:
