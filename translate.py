@@ -252,9 +252,8 @@ def split_at_quiet(audio: Tensor, most: int) -> list[tuple[int, int]]:
         energy = audio[first : start + most].double().square().cumsum(dim=0)
         energy = torch.nn.functional.pad(energy, (1, 0))
         loudness = energy[width:] - energy[:-width]  # of the 0.2 s after each sample
-        last_minimum = (
-            len(loudness) - 1 - int(loudness.flip(0).argmin())
-        )  # the last one: fewer pieces
+        # Of several quietest places take the last one: fewer pieces.
+        last_minimum = len(loudness) - 1 - int(loudness.flip(0).argmin())
         cut = first + last_minimum + (width + 1) // 2
         pieces.append((start, cut))
         start = cut
@@ -357,7 +356,7 @@ def translate_in_order(
         raise ValueError(f"the task is {task}, but the model was trained on {model.config.tasks}")
     ids = ids_of_prompt(model, task, source, target)
     space = "" if (source if task == "asr" else target) in TOKENIZERS else " "
-    waiting = [Clip(clip) for clip in clips]
+    waiting = [Clip(clip) for clip in clips]  # those without a yielded result, in order
     pieces = read_pieces([*waiting], batch_size, progress, change)
     was_training = model.training
     model.eval()
@@ -393,7 +392,7 @@ def metrics(target: str) -> dict:
         bleu, lower = (sacrebleu.BLEU(tokenize=tokenizer, lowercase=lc) for lc in (False, True))
     except RuntimeError as error:
         raise ValueError(
-            f'BLEU of {target} needs {tokenizer}: pip install "sacrebleu[ja]"'
+            f'no tokenizer {tokenizer} for BLEU: pip install "sacrebleu[ja]"'
         ) from error
     return {"bleu": bleu, "bleu_lc": lower, "chrf": sacrebleu.CHRF()}
 

@@ -1,4 +1,4 @@
-"""What a model costs: arithmetic by formula, time, memory and energy by measurement."""
+"""The cost of a run: FLOPs by formula; time, memory and energy by measurement."""
 
 import ctypes
 import sys
@@ -10,7 +10,7 @@ from torch import nn
 
 try:
     import resource
-except ImportError:  # not on Windows; there the memory of a process stays unknown
+except ImportError:  # Windows does not have it; there the memory is unknown
     resource = None
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository, whatever the folder is
@@ -20,12 +20,12 @@ from llast import LLaST
 from translate import Translation
 from whisper_encoder import WhisperConfig
 
-# Multiplications and additions of a forward pass, without LoRA: merged, it costs nothing.
-# Wc and Lc are the configurations of both bases.
+# Multiplications and additions of a forward pass, without LoRA: a merged LoRA costs nothing.
+# Wc and Lc are the configurations of the encoder and of the LLM.
 
 
 def encoder_flops(Wc: WhisperConfig, S: int, n: int) -> tuple[int, int, int]:
-    """Of S states, the first n of them needed: convolutions, linear layers, attention."""
+    """FLOPs of convolutions, linear layers, attention for S states, of which n are returned."""
     Da, all_but_last = Wc.d_model, Wc.encoder_layers - 1
     convolutions = 12 * S * Wc.num_mel_bins * Da + 6 * S * Da * Da
     keys_and_values, others = 2 * Da * Da, 2 * Da * Da + 2 * Da * Wc.encoder_ffn_dim
@@ -39,16 +39,16 @@ def projector_flops(Wc: WhisperConfig, Lc: LlamaConfig, S: int) -> int:
 
 
 def llm_flops(Lc: LlamaConfig, T: int, asked: int, past: int = 0) -> tuple[int, int]:
-    """Of T positions after `past` others, the vocabulary left out: linear layers, attention.
+    """FLOPs of linear layers and attention for T positions after `past` others, without the head.
 
-    The last MLP works on the `asked` of the T.
+    The last MLP computes only `asked` of the T positions.
     """
     D, layers, q = Lc.hidden_size, Lc.num_hidden_layers, Lc.num_attention_heads * Lc.head_dim
     kv = Lc.num_key_value_heads * Lc.head_dim
     linears = 2 * T * layers * (2 * D * q + 2 * D * kv)
     linears += 2 * ((layers - 1) * T + asked) * 3 * D * Lc.intermediate_size
-    seen = T * past + T * (T + 1) // 2  # positions before it and itself, of each of the T
-    return linears, 4 * layers * q * seen
+    pairs = T * past + T * (T + 1) // 2  # (query, key): each position and all before it
+    return linears, 4 * layers * q * pairs
 
 
 class Meter:
@@ -118,7 +118,7 @@ class Meter:
 
 
 def gpu_joules() -> float | None:
-    """What the GPU has used since its driver was loaded, by its own counter, if it has one."""
+    """Energy that the GPU used since its driver was loaded. None if the GPU does not count it."""
     if not torch.cuda.is_available():
         return None
     try:

@@ -70,7 +70,7 @@ def cascade(
         ids = [torch.tensor(model.tokenizer.encode(piece["text"])) for _, piece in transcripts]
         return [model.llm.embed(i.to(model.device)) for i in ids]
 
-    transcripts = []  # a result and one of its pieces
+    transcripts = []  # (result, piece) of each transcript that is not empty
     for result in results:
         pieces = result.pieces or [{"text": result.text}]
         transcripts += [(result, piece) for piece in pieces if piece["text"]]
@@ -97,8 +97,8 @@ def cascade(
 
 
 def edit_distance(a: list | str, b: list | str) -> int:
-    """Fewest insertions, deletions and substitutions that make b of a."""
-    row = list(range(len(b) + 1))  # row[j]: from what was read of a to the first j of b
+    """The smallest number of insertions, deletions and substitutions that turn a into b."""
+    row = list(range(len(b) + 1))  # row[j]: from the start of a that was read, to b[:j]
     for i, x in enumerate(a, start=1):
         diagonal, row[0] = row[0], i
         for j, y in enumerate(b, start=1):
@@ -107,10 +107,10 @@ def edit_distance(a: list | str, b: list | str) -> int:
 
 
 def error_rates(hypotheses: list[str], references: list[str], language: str) -> dict:
-    """Word and character error rates of transcripts: edits per 100 of the references', all clips.
+    """Word and character error rates of a corpus: edits per 100 words (characters) of references.
 
-    Case and punctuation count as they stand. Chinese and Japanese have no words that one could
-    split off, so there each character is one, and both rates are the same.
+    Differences of case and punctuation count as edits. Chinese and Japanese have no spaces between
+    words. There each character is a word, so both rates are equal.
     """
     unspaced = language in TOKENIZERS
 
@@ -131,9 +131,9 @@ def error_rates(hypotheses: list[str], references: list[str], language: str) -> 
 
 
 def rows_with_reference(rows: list[Row], task: str) -> list[Row]:
-    """All rows; for task "asr", those with a transcript. What scoring needs is seen to be there."""
+    """All rows; for the task "asr" only those with a transcript. Also check that BLEU can run."""
     if task != "asr":
-        metrics(rows[0].target)  # should a package be missing, say so before the work
+        metrics(rows[0].target)  # a missing package must be an error before the work
         return rows
     spoken, source = [row for row in rows if row.sentence.strip()], rows[0].source
     if not spoken:
@@ -146,23 +146,23 @@ def rows_with_reference(rows: list[Row], task: str) -> list[Row]:
 
 def table_line(name: str, cells: list) -> str:
     """A line of a table: a name and columns of numbers."""
-    shown = ["-" if c is None else f"{c:.1f}" if isinstance(c, float) else str(c) for c in cells]
-    return f"{name:<22}" + "".join(f"{cell:>13}" for cell in shown)
+    texts = ["-" if c is None else f"{c:.1f}" if isinstance(c, float) else str(c) for c in cells]
+    return f"{name:<22}" + "".join(f"{text:>13}" for text in texts)
 
 
 def score_table(scores: dict[str, dict]) -> list[str]:
-    """Scores of several directions, their plain mean, and below it each signature once."""
-    figures = [key for key in FIGURES if all(key in found for found in scores.values())]
+    """Lines with the scores of several directions, their plain mean, and each signature once."""
+    figures = [key for key in FIGURES if all(key in row for row in scores.values())]
     lines = [table_line("direction", ["clips", "failed", *(FIGURES[key] for key in figures)])]
-    for direction, found in scores.items():
-        lines.append(table_line(direction, [found[key] for key in ("n", "failed", *figures)]))
-    means = [sum(found[key] for found in scores.values()) / len(scores) for key in figures]
+    for direction, row in scores.items():
+        lines.append(table_line(direction, [row[key] for key in ("n", "failed", *figures)]))
+    means = [sum(row[key] for row in scores.values()) / len(scores) for key in figures]
     lines.append(table_line(f"average of {len(scores)}", ["", "", *means]))
-    signed = defaultdict(list)
-    for direction, found in scores.items():
-        own = [found[key] for key in ("signature", "chrf_signature") if key in found]
-        signed[",  chrF ".join(own)].append(direction)
-    return lines + [f"{', '.join(names)}: {signature}" for signature, names in signed.items()]
+    directions = defaultdict(list)  # of each signature
+    for direction, row in scores.items():
+        signatures = [row[key] for key in ("signature", "chrf_signature") if key in row]
+        directions[",  chrF ".join(signatures)].append(direction)
+    return lines + [f"{', '.join(names)}: {signature}" for signature, names in directions.items()]
 
 
 PUBLISHED = {
@@ -175,15 +175,15 @@ PUBLISHED = {
     "LLaST-14B": (45.1, None, None, None, None, None),
 }
 CAVEAT = """\
-On CoVoST-2's test sets: beside another corpus they compare with nothing. Quoted from Table 2 of a
-later paper (PLaST, AAAI 2026), not from the papers of these models; the 45.1 is the headline in
-summaries of LLaST, and that it is the 14B model's is inferred. Casing differs between papers (the
-code of LLaST lower-cases both sides, as the column "lower-cased" does), and so do the releases of
-Common Voice that the clips come from."""
+These are scores on the test sets of CoVoST-2. Do not compare them with scores on another corpus.
+They are quoted from Table 2 of a later paper (PLaST, AAAI 2026), not from the papers of these
+models. Summaries of LLaST state the 45.1; that it belongs to the 14B model is inferred. The papers
+differ in casing: the code of LLaST lower-cases both sides, like the column "lower-cased". They also
+differ in the release of Common Voice that has the clips."""
 
 
 def published_table(directions: list[str]) -> list[str]:
-    """The published scores of those directions that have some, and how to read them."""
+    """Lines with the published scores of the directions, if there are any, and their caveat."""
     columns = [i for i, name in enumerate(PUBLISHED["published BLEU"]) if name in directions]
     if not columns:
         return []

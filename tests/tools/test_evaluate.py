@@ -281,7 +281,14 @@ def test_published_scores_follow_the_models_scores_with_a_caveat(command, tmp_pa
     assert rows["LLaST-2B"] == ["41.2", "36.8"] and rows["LLaST-8B"] == ["44.1", "40.8"]
     assert rows["LLaST-14B"] == ["45.1", "-"]
     caveat = " ".join(lines[start:])
-    for words in ("CoVoST-2", "PLaST, AAAI 2026", "inferred", "lower-cases", "Common Voice"):
+    for words in (
+        "CoVoST-2",
+        "PLaST, AAAI 2026",
+        "inferred",
+        "lower-cases",
+        "Common Voice",
+        "another corpus",
+    ):
         assert words in caveat
 
 
