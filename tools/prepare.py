@@ -336,7 +336,7 @@ def prepare(args: argparse.Namespace, source: str, target: str) -> list[str]:
     find, read = CORPORA[args.corpus]
     audio, tables = find(args, source, target)
     folder, direction = args.out / source, f"{source}-{target}"
-    origin = {"corpus": args.corpus, "version": args.version, "audio": str(audio.resolve())}
+    origin = {"corpus": args.corpus, "version": args.version, "audio": os.path.realpath(audio)}
     check_out(folder, audio, origin)
     entries = read(args, source, tables)
     report = new_report({"direction": direction} | origin, tables, entries)
@@ -366,15 +366,19 @@ def prepare(args: argparse.Namespace, source: str, target: str) -> list[str]:
 
 def check_out(folder: Path, audio: Path, origin: dict):
     """Directions of one corpus may share a folder. Clips of two corpora could have equal names."""
-    if (folder / "clips").resolve() == audio.resolve():
+    if os.path.realpath(folder / "clips") == os.path.realpath(audio):
         raise ValueError(f"{folder} is the corpus itself; name another folder with --out")
     reports = sorted(folder.glob("prepared.*.json"))
     tables = [*folder.glob(f"{folder.name}-*.tsv"), *folder.glob("validated.tsv")]
     if tables and not reports:
         raise ValueError(f"{folder} has a corpus that was not prepared here; name another --out")
     for file in reports:
-        before = json.loads(file.read_text(encoding="utf-8"))
-        if others := [key for key in ("corpus", "audio") if before[key] != origin[key]]:
+        try:
+            before = json.loads(file.read_text(encoding="utf-8"))
+            others = [key for key in ("corpus", "audio") if before[key] != origin[key]]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{file} is not a report ({error!r}); name another --out") from error
+        if others:
             differs = "; ".join(f"{k}: {before[k]} there, {origin[k]} now" for k in others)
             raise ValueError(f"{file} is of another corpus ({differs}); name another --out")
 

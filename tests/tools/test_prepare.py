@@ -613,6 +613,11 @@ def test_a_corpus_is_not_overwritten_and_not_mixed_with_another(common_voice, ca
 
     assert prepare(*flags) == 0
     before = content(common_voice / "out")
+    report = common_voice / "out" / "fr" / "prepared.fr-en.json"
+    for text in ("{", "[1]", "{}"):
+        report.write_text(text)
+        assert "prepared.fr-en.json is not a report (" in refused(capsys, *flags)
+    report.write_bytes(before["fr/prepared.fr-en.json"])
     write_clip(common_voice / "audio" / "good1.wav")
     write_lines(common_voice / "mine.tsv", "path\ttranslation\tsplit", "good1.wav\tx\ttrain")
     mine = list(table_flags(common_voice))
