@@ -3,11 +3,15 @@
     ids (B, T) -> embeddings (B, T, D) -> layers of attention and SwiGLU -> logits (B, T, V)
 
 Papers: Llama 2 (2307.09288), rotary positions (2104.09864), grouped-query attention (2305.13245).
-Names, and the pairing of rotary dimensions, are those of Hugging Face Llama checkpoints, so weights
-load without a table of names. Cached steps equal the full pass: tests/test_llama.py.
+Names, and the pairs of rotary dimensions, are those of Hugging Face Llama checkpoints, so weights
+load without a table of names. Cached steps give the same states as one full pass, and both give
+those of transformers: tests/test_llama.py.
+
+Sizes: B batch, T tokens, L keys of all tokens so far, D width, H query heads, Hk key/value heads,
+G query heads for each key/value head, Dh head width, V vocabulary.
 """
 
-import json
+import re
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,41 +19,43 @@ from pathlib import Path
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from whisper_encoder import check_fields, must_match, read_json, read_tensors, weight_files
+
 
 class Cache:
-    """Keys and values that later positions look back at, of every layer, with room for more.
+    """Keys and values of every layer, for the positions that later tokens attend to.
 
-    A step writes its own behind them in place, so that nothing of what was there is copied.
+    The tensors have room for more positions than they hold. A step writes its keys and values into
+    the free room, so the earlier ones are not copied.
     """
 
     def __init__(self, layers: list[tuple[Tensor, Tensor]]):
         self.layers = layers  # keys and values, both (B, Hk, room, Dh)
-        self.length = layers[0][0].shape[2]  # positions of the room that are taken
+        self.length = layers[0][0].shape[2]  # number of positions that are filled
 
     def reserve(self, n: int):
-        """Make room for n more positions, and for more than that, so as to do it rarely."""
+        """Make room for n more positions. Usually it makes more, so that this is rarely needed."""
         room = self.layers[0][0].shape[2]
         if self.length + n > room:
             more = max(n, room // 2)
             self.replace(lambda x: F.pad(x, (0, 0, 0, more)))
 
     def keep(self, rows: list[int]):
-        """Go on with these rows of the batch, in this order."""
+        """Keep only these rows of the batch, in this order."""
         self.replace(lambda x: x[rows])
 
     def replace(self, change):
-        """Put the changed keys and values in the place of each layer's."""
-        for i, (k, v) in enumerate(self.layers):  # in turn, so that no two whole caches are held
+        """Replace the keys and values of each layer by changed ones."""
+        for i, (k, v) in enumerate(self.layers):  # one by one: never two whole caches in memory
             self.layers[i] = change(k), change(v)
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The part of a Llama checkpoint's config.json that shapes the computation."""
+    """The values in config.json of a Llama checkpoint that change what is computed."""
 
     hidden_size: int  # D
     intermediate_size: int
@@ -63,46 +69,48 @@ class LlamaConfig:
     tie_word_embeddings: bool
 
     @classmethod
-    def from_json(cls, path):
-        """Read config.json; a missing size is an error, and so is a feature that is not built."""
-        raw = read_json(Path(path))
-        # transformers 5 nests the rotary settings, older files have them at the top
-        rope = raw.get("rope_parameters") or {}
-        scaling = raw.get("rope_scaling") or rope
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        refused = {
-            "model_type": raw.get("model_type", "llama") != "llama",
-            "rope_scaling": kind != "default" or "factor" in scaling,
-            "attention_bias": raw.get("attention_bias", False),
-            "mlp_bias": raw.get("mlp_bias", False),
-            "hidden_act": raw.get("hidden_act", "silu") != "silu",
-            "sliding_window": raw.get("sliding_window") is not None,
-            "partial_rotary_factor": raw.get("partial_rotary_factor", 1.0) != 1.0,
-        }
-        if any(refused.values()):
-            asked = {name: raw.get(name) or scaling for name, bad in refused.items() if bad}
-            raise ValueError(f"{path} asks for {asked}, which is not built here")
+    def from_json(cls, path) -> "LlamaConfig":
+        """Read config.json. A wrong or missing value is an error, and so is an unknown feature."""
+        path = Path(path)
+        raw = {name: value for name, value in read_json(path).items() if value is not None}
+        for name in ("rope_parameters", "rope_scaling"):
+            # transformers 5 writes the rotary settings into an object of their own. If a value is
+            # there and also at the top, transformers uses the inner one.
+            inner = raw.get(name, {})
+            if not isinstance(inner, dict):
+                raise ValueError(f"{path}: {name} must be an object, found {inner!r:.60}")
+            raw |= {key: value for key, value in inner.items() if value is not None}
+        other = {name: raw[name] for name, value in BUILT.items() if raw.get(name, value) != value}
+        if other:
+            raise ValueError(f"{path} asks for {other!r:.200}, which is not built here")
 
-        heads = raw.get("num_attention_heads")
-        raw = {
-            # What early Llama configs leave out, with the values that they mean.
-            "num_key_value_heads": heads,
-            "rope_theta": rope.get("rope_theta", 10_000.0),
-            "tie_word_embeddings": False,
-        } | {name: value for name, value in raw.items() if value is not None}
-        if heads and "hidden_size" in raw:
-            raw.setdefault("head_dim", raw["hidden_size"] // heads)
-        missing = [name for name in cls.__dataclass_fields__ if raw.get(name) is None]
-        if missing:
-            raise ValueError(f"{path} has no {missing}; is it the config.json of a Llama model?")
-        return cls(**{name: raw[name] for name in cls.__dataclass_fields__})
+        # Early configurations leave these out.
+        raw = {"rope_theta": 10_000.0, "tie_word_embeddings": False} | raw
+        D, H = raw.get("hidden_size"), raw.get("num_attention_heads")
+        raw.setdefault("num_key_value_heads", H)
+        if type(D) is int and type(H) is int and H > 0:
+            raw.setdefault("head_dim", D // H)
+        config = check_fields(cls, raw, path)
+        if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
+            raise ValueError(
+                f"{path}: num_key_value_heads must divide num_attention_heads, and head_dim must "
+                f"be even; found {config}"
+            )
+        return config
+
+
+BUILT = {  # features of config.json with the only value that is computed here; None means absent
+    "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+    "rope_type": "default", "type": "default", "factor": None, "partial_rotary_factor": 1.0,
+    "sliding_window": None,
+}  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------- the layers
 
 
 class RMSNorm(nn.Module):
-    """Scale each vector to root mean square 1, then by a learned weight. (..., D) -> (..., D)"""
+    """Divide each vector by its root mean square, multiply by a weight. (..., D) -> (..., D)"""
 
     def __init__(self, D: int, eps: float):
         super().__init__()
@@ -110,15 +118,15 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()  # the mean of squares overflows in half precision
+        wide = x.float()  # in half precision the mean of squares overflows
         normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)
 
 
 def rotary_angles(positions: Tensor, Dh: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of each dimension's angle. (B, T) -> two of (B, 1, T, Dh)
+    """Cosine and sine of the angle of each dimension. (B, T) -> two tensors (B, 1, T, Dh)
 
-    The sine is negative in the first half: a pair (a, b) turns to (a cos - b sin, b cos + a sin).
+    A pair (a, b) becomes (a cos - b sin, b cos + a sin). The sine of the first half has the minus.
     """
     frequency = theta ** (-torch.arange(0, Dh, 2, device=positions.device).float() / Dh)
     angle = positions[:, None, :, None] * frequency  # (B, 1, T, Dh/2)
@@ -127,8 +135,8 @@ def rotary_angles(positions: Tensor, Dh: int, theta: float) -> tuple[Tensor, Ten
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn dimension i together with i + Dh/2 (Meta's own files pair i with i + 1)."""
-    other = x.roll(x.shape[-1] // 2, dims=-1)  # at i stands i + Dh/2, and the other way round
+    """Rotate each pair of dimensions i and i + Dh/2. (B, H, T, Dh) -> (B, H, T, Dh)"""
+    other = x.roll(x.shape[-1] // 2, dims=-1)  # the other dimension of each pair
     return torch.addcmul(x * cos, other, sin).to(x.dtype)
 
 
@@ -145,9 +153,10 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * self.Dh, D, bias=False)
 
     def forward(self, x, cos, sin, past=None, can_attend=None):
-        """past: keys and values of this layer with room, and how many are taken; or None.
+        """past: keys and values of this layer, and how many positions of them are filled; or None.
 
-        Returns y, and the keys and values of x.
+        can_attend: mask (B, 1, G T, L) over all L keys; or None. Returns y, and keys and values
+        of x.
         """
         B, T, D = x.shape
         q = self.q_proj(x).view(B, T, -1, self.Dh).transpose(1, 2)  # (B, H, T, Dh)
@@ -159,15 +168,21 @@ class Attention(nn.Module):
             keys, values, n = past
             keys[:, :, n : n + T], values[:, :, n : n + T] = present
             k, v = keys[:, :, : n + T], values[:, :, : n + T]
+        if can_attend is not None:
+            # Of the fast kernels of CUDA, flash takes no mask and memory-efficient takes no
+            # grouped heads: with both, only the slow math kernel is left. So make the G heads of a
+            # group G times as many queries of one head. Then keys are read once per group, too.
+            q = q.reshape(B, k.shape[1], -1, self.Dh)  # (B, Hk, G*T, Dh)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=can_attend, is_causal=past is None, enable_gqa=True
-        )  # (B, H, T, Dh)
+            q, k, v, attn_mask=can_attend, is_causal=past is None, enable_gqa=can_attend is None
+        )
+        y = y.reshape(B, -1, T, self.Dh)  # (B, H, T, Dh)
         y = y.transpose(1, 2).reshape(B, T, -1)
         return self.o_proj(y), present
 
 
 class MLP(nn.Module):
-    """SwiGLU: one projection, gated by another. (..., D) -> (..., D)"""
+    """SwiGLU: one projection multiplied by the SiLU of another. (..., D) -> (..., D)"""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -181,9 +196,9 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention, then the MLP; each reads a normed copy and adds to the stream.
+    """Attention, then the MLP. Each reads a normed copy of x and adds its result to x.
 
-    The MLP works on all positions, or on those `asked` for.
+    With a selection (rows, positions), the MLP is computed only there, and (n, D) is returned.
     """
 
     def __init__(self, config: LlamaConfig):
@@ -193,16 +208,16 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, past=None, can_attend=None, asked=None):
+    def forward(self, x, cos, sin, past=None, can_attend=None, selection=None):
         y, present = self.self_attn(self.input_layernorm(x), cos, sin, past, can_attend)
         x = x + y
-        if asked is not None:
-            x = x[asked]  # (n, D)
+        if selection is not None:
+            x = x[selection]  # (n, D)
         return x + self.mlp(self.post_attention_layernorm(x)), present
 
 
 class Decoder(nn.Module):
-    """Everything but the head; a module of its own because the checkpoint calls it `model`."""
+    """Everything except the head. It is a module because checkpoints call it `model`."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -215,10 +230,10 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """A Llama with the checkpoint's names. Called with ids (B, T) it returns logits (B, T, V).
+    """A Llama with the names of the checkpoint: ids (B, T) -> logits (B, T, V).
 
-    `embed`, `hidden` and `logits` are its three steps, for callers that put speech between words
-    or want logits at a few positions only.
+    `embed`, `hidden` and `logits` are its three steps. Callers use them to put speech between words
+    and to compute logits only at a few positions.
     """
 
     def __init__(self, config: LlamaConfig):
@@ -226,11 +241,11 @@ class Llama(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.recompute = False  # keep a layer's input only, and run it again in the backward pass
+        self.recompute = False  # activation checkpointing: keep only the input of each layer
         self.tie()
 
     def tie(self):
-        """One matrix for reading and writing words, if the checkpoint says so."""
+        """Use one matrix for the embeddings and the head if the configuration says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -244,43 +259,44 @@ class Llama(nn.Module):
         cache: Cache | None = None,
         positions: Tensor | None = None,
         can_attend: Tensor | None = None,
-        asked: tuple[Tensor, Tensor] | None = None,
+        selection: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Cache]:
-        """Embeddings (B, T, D) -> normed states (B, T, D) and the cache with them added.
+        """Embeddings (B, T, D) -> normed states (B, T, D), and the cache with these T tokens added.
 
-        Without a cache: plain causal attention over T. With one, `positions` (B, T) say where each
-        token stands, and `can_attend` (B, T, past + T) which keys it sees: what was there, then
-        the T tokens themselves. None is all, for a single token.
+        Without a cache: causal attention over the T tokens. With a cache: `positions` (B, T) is the
+        position of each token, and `can_attend` (B, T, L) is true for the keys that it attends to,
+        first those in the cache, then those of the T tokens. A single token may leave it out: then
+        it attends to all keys.
 
-        Where states are not needed everywhere, `asked` holds the rows and the places of n that
-        are, and (n, D) comes back. No later layer looks at the others, so the last MLP leaves them
-        out: of four layers, a tenth of a training step's arithmetic.
+        With a `selection` (row and position of n states), only these are returned, (n, D). No layer
+        follows the last one, so its MLP can leave out all other positions.
         """
         B, T, D = x.shape
         if cache is None and can_attend is not None:
-            raise ValueError("without a cache attention is causal; pad rows on the right instead")
+            raise ValueError("can_attend needs a cache; without one, pad rows on the right")
         if cache is not None and (positions is None or (can_attend is None and T > 1)):
-            raise ValueError(f"a cached step of {T} tokens needs positions and who sees which")
+            raise ValueError(f"a step of {T} tokens with a cache needs positions and can_attend")
         if positions is None:
             positions = torch.arange(T, device=x.device)[None]  # (1, T)
         if can_attend is not None:
-            can_attend = can_attend[:, None]  # (B, 1, T, past + T)
+            G = self.config.num_attention_heads // self.config.num_key_value_heads
+            can_attend = can_attend[:, None].repeat(1, 1, G, 1)  # (B, 1, G*T, L)
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
 
         if cache is not None:
             cache.reserve(T)
-        grown = []
+        layers = []
         for i, layer in enumerate(self.model.layers):
             past = (*cache.layers[i], cache.length) if cache else None
-            here = asked if layer is self.model.layers[-1] else None
-            given = x, cos, sin, past, can_attend, here
+            last = selection if layer is self.model.layers[-1] else None
+            inputs = x, cos, sin, past, can_attend, last
             if self.recompute and torch.is_grad_enabled():
-                x, present = checkpoint(layer, *given, use_reentrant=False)
+                x, present = checkpoint(layer, *inputs, use_reentrant=False)
             else:
-                x, present = layer(*given)
-            grown.append(present)
+                x, present = layer(*inputs)
+            layers.append(present)
         if cache is None:
-            cache = Cache(grown)
+            cache = Cache(layers)
         else:
             cache.length += T
         return self.model.norm(x), cache
@@ -298,139 +314,101 @@ class Llama(nn.Module):
         """Read a Hugging Face folder of Llama with safetensors.
 
         Every tensor must be there with its shape, and no other. Only `rotary_emb.inv_freq` of old
-        files is left out, by name: it follows from rope_theta.
+        files is left out, because it follows from rope_theta.
         """
         folder = Path(folder)
         files = weight_files(folder)
         config = LlamaConfig.from_json(folder / "config.json")
+        stored = dict(chain.from_iterable(map(read_tensors, files)))
+        stored = {k: v for k, v in stored.items() if not k.endswith("rotary_emb.inv_freq")}
+        if config.num_hidden_layers > len(stored):  # a million layers would take hours to build
+            raise ValueError(f"{folder} has {len(stored)} tensors, too few for {config}")
         with torch.device("meta"):
             llama = cls(config)
-        weights = {
-            name: tensor.to(device, dtype)
-            for name, tensor in chain.from_iterable(map(stored_tensors, files))
-            if not name.endswith("rotary_emb.inv_freq")
-        }
-        embedding = weights.get("model.embed_tokens.weight")
-        if llama.config.tie_word_embeddings and embedding is not None:
-            if not torch.equal(weights.setdefault("lm_head.weight", embedding), embedding):
-                raise ValueError(f"{folder}: config.json ties lm_head to embed_tokens; they differ")
-        must_match(llama.state_dict(), weights, folder)
+        expected = llama.state_dict()
+        if config.tie_word_embeddings and "lm_head.weight" not in stored:
+            del expected["lm_head.weight"]
+        must_match(expected, stored, folder)
+        # safetensors maps files into memory, so each tensor is read here, not before.
+        weights = {name: tensor.to(device, dtype) for name, tensor in stored.items()}
+        embedding = weights["model.embed_tokens.weight"]
+        head = weights.setdefault("lm_head.weight", embedding)
+        if config.tie_word_embeddings and not torch.equal(head, embedding):
+            raise ValueError(f"{folder}: config.json ties lm_head to embed_tokens, but they differ")
         llama.load_state_dict(weights, assign=True)
         llama.tie()
         return llama
 
 
-# ------------------------------------------------------------------------------------ weight files
-
-# whisper_encoder.py holds the same four functions: either file can be read, or taken away,
-# without the other.
-
-
-def read_json(path: Path) -> dict:
-    """The object that a JSON file holds; what is none is an error that names the file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object but {found!r:.40}")
-    return found
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a Hugging Face folder: one, or the shards that its index names."""
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        raise FileNotFoundError(
-            f"{folder} is not a Hugging Face folder with model.safetensors (or its index). Convert "
-            f"other weights with: python tools/convert.py whisper|llama {folder} --out NEW_FOLDER"
-        )
-    shards = sorted(set(read_json(index)["weight_map"].values()))
-    absent = [shard for shard in shards if not (folder / Path(shard).name).is_file()]
-    if absent:
-        raise FileNotFoundError(f"{folder} lacks {absent}, which {index.name} names")
-    return [folder / Path(shard).name for shard in shards]
-
-
-def stored_tensors(file: Path):
-    """Every (name, tensor) of a safetensors file, each read when it is needed."""
-    try:
-        with safe_open(file, "pt") as stored:
-            for name in stored.keys():  # noqa: SIM118, it is not a dict
-                yield name, stored.get_tensor(name)
-    except Exception as error:
-        raise ValueError(f"{file} cannot be read as weights, is it cut short? {error!r}") from error
-
-
-def must_match(wanted: dict[str, Tensor], found: dict[str, Tensor], where):
-    """Refuse, with lists, weights that do not have exactly the wanted names and shapes."""
-    common = sorted(wanted.keys() & found.keys())
-    wrong = {
-        "missing": sorted(wanted.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - wanted.keys()),
-        "of another shape": [
-            f"{name} {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
-            for name in common
-            if found[name].shape != wanted[name].shape
-        ],
-    }
-    if any(wrong.values()):
-        lists = "; ".join(f"{len(v)} {k}: {', '.join(v[:8])}" for k, v in wrong.items() if v)
-        raise ValueError(f"the weights in {where} do not fit the configuration there: {lists}")
-
-
 # ------------------------------------------------------------------------------------ the tokenizer
+
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "added_tokens.json")
+
+
+def read_pieces(file: Path) -> sentencepiece.SentencePieceProcessor:
+    """The sentencepiece model in tokenizer.model. For other tokenizers, an error names the kind."""
+    if not file.is_file():
+        other = file.with_name("tokenizer.json").is_file()
+        hint = " (its tokenizer.json has another format)" if other else ""
+        raise FileNotFoundError(f"{file.parent} has no tokenizer.model of sentencepiece{hint}")
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(file))
+    except RuntimeError as error:
+        # Llama 3 has a text with this name: base64 tokens with their ranks.
+        is_llama3 = re.match(rb"[A-Za-z0-9+/]+=* \d+\s", file.read_bytes())
+        reason = (
+            "it is that of Llama 3; use a model with a Llama 2 tokenizer" if is_llama3 else error
+        )
+        raise ValueError(f"{file} cannot be read as a sentencepiece model: {reason}") from error
 
 
 class Tokenizer:
-    """Text <-> ids through a checkpoint's tokenizer.model.
+    """Text <-> ids with the tokenizer.model of a checkpoint.
 
     `encode` reads its argument as text: "</s>" in it is four ordinary characters. Special tokens
-    are put in by their ids, which config.json and added_tokens.json name. Only what the file itself
-    has as a "user-defined symbol", as a few have ChatML's, is that symbol in a text, too.
+    are inserted by their ids, which the JSON files of the folder name. The only exception is a
+    "user-defined symbol" of tokenizer.model: some models have ChatML tokens of this kind.
     """
 
     def __init__(self, folder):
         folder = Path(folder)
-        if not (folder / "tokenizer.model").is_file():
-            raise FileNotFoundError(
-                f"{folder} has no tokenizer.model (a sentencepiece file; Meta's downloads have it "
-                f"one folder up, copy it)"
-            )
+        self.pieces = read_pieces(folder / "tokenizer.model")
+        names = ("config.json", "tokenizer_config.json", "added_tokens.json")
+        files = [folder / name for name in names]
+        config, settings, added = (read_json(file) if file.is_file() else {} for file in files)
         try:
-            model_file = str(folder / "tokenizer.model")
-            self.pieces = sentencepiece.SentencePieceProcessor(model_file=model_file)
-        except RuntimeError as error:
-            raise ValueError(f"{model_file} cannot be read, is it whole? {error}") from error
-        files = folder / "added_tokens.json", folder / "config.json"  # Meta's folders have neither
-        added, config = (read_json(file) if file.is_file() else {} for file in files)
-        self.added: dict[str, int] = added  # beside the pieces
+            tokens = settings.get("added_tokens_decoder", {})
+            added |= {token["content"]: int(i) for i, token in tokens.items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f'{files[1]}: added_tokens_decoder must map ids to objects with "content", found '
+                f"{tokens!r:.60}"
+            ) from error
+        self.added: dict[str, int] = added  # tokens that are not in tokenizer.model, such as ChatML
         bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
-        bos = self.pieces.bos_id() if bos is None else bos
+        self.bos_id: int = self.pieces.bos_id() if bos is None else bos
         eos = self.pieces.eos_id() if eos is None else eos
-        self.bos_id: int = bos
-        self.eos_ids: list[int] = eos if isinstance(eos, list) else [eos]  # any of them ends text
+        self.eos_ids: list[int] = eos if isinstance(eos, list) else [eos]  # each ends a text
+        ids = [self.bos_id, *self.eos_ids, *self.added.values()]
+        if not self.eos_ids or not all(type(i) is int and i >= 0 for i in ids):
+            raise ValueError(
+                f"{folder}: ids of special tokens must be whole numbers from 0 on; found "
+                f"bos_token_id {bos!r:.40}, eos_token_id {eos!r:.40}, added {self.added!r:.60}"
+            )
         self.eos_id: int = self.eos_ids[0]  # the one to learn
-        if min(self.bos_id, *self.eos_ids) < 0:
-            raise ValueError(f"{folder} names no id for the token that begins or that ends a text")
         self.n_pieces: int = self.pieces.vocab_size()
-        self.vocab_size: int = 1 + max(self.n_pieces - 1, *self.added.values(), self.eos_id)
 
     def encode(self, text: str) -> list[int]:
         return self.pieces.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """Ids -> clean text: special tokens dropped, no space at either end."""
+        """Ids -> text without special tokens and without spaces at its ends."""
         words = [i for i in ids if i < self.n_pieces and not self.pieces.is_control(i)]
         return self.pieces.decode(words).strip()
 
     def special_id(self, piece: str) -> int:
-        """The id of a special token by its name; a tokenizer without it is an error."""
-        known = self.added.get(piece, self.pieces.piece_to_id(piece))
-        if known == self.pieces.unk_id():
-            raise ValueError(
-                f"this tokenizer has no {piece} token; choose a template that it was made for"
-            )
-        return known
+        """The id of a special token. An error if the tokenizer does not have it."""
+        token_id = self.added.get(piece, self.pieces.piece_to_id(piece))
+        if token_id == self.pieces.unk_id():
+            raise ValueError(f"this tokenizer has no {piece} token; choose another template")
+        return token_id

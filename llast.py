@@ -1,10 +1,17 @@
 """LLaST: speech goes through Whisper's encoder and an adaptor, and becomes words of an LLM.
 
     waveform -> encoder (+ LoRA) -> states (S, Da) -> projector -> (S, D) -> spliced into the prompt
-             -> Llama (+ LoRA) -> the answer's tokens
+             -> Llama (+ LoRA) -> the tokens of the answer
 
-Paper: LLaST (2407.15415). Reference: its xtuner code, model/llast.py, for the adaptor's layers,
-its names, and the place of the speech: in the user's turn, before the instruction.
+One training row: the speech replaces one id, so the row has P = S + T - 1 positions. The label of a
+position is the token that the LLM has to predict there, so it is the token of the next position.
+Only the answer has labels; a dot is a position without one.
+
+    row    <s> [INST]  s1 s2 s3 ... sS  \\n Please translate ... [/INST] Where  is   it   ?   </s>
+    label   .    .      .  .  . ...  .   .    .       .            Where   is   it   ?   </s>   .
+
+Paper: LLaST (2407.15415). Reference: its xtuner code, model/llast.py, for the layers and names of
+the adaptor, and for the place of the speech: in the turn of the user, before the instruction.
 
 Sizes, everywhere: B batch, N samples (16 kHz), M mel bins, S audio positions after the encoder
 (50 a second), T text tokens, P positions the LLM sees, Da encoder width, D LLM width, H query
@@ -17,76 +24,93 @@ import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from data import AUDIO_ID, IGNORE, Batch, end_id
-from llama import (
-    Llama,
-    Tokenizer,
+from data import IGNORE, TEMPLATES, Batch, prompt_ids
+from llama import TOKENIZER_FILES, Llama, Tokenizer
+from lora import add_lora, lora_layers
+from whisper_encoder import (
+    WhisperEncoder,
+    check_fields,
+    clip_to_mel,
     must_match,
-    stored_tensors,
+    n_states,
+    read_json,
+    read_tensors,
     weight_files,
 )
-from lora import add_lora, lora_layers
-from whisper_encoder import WhisperEncoder, clip_to_mel, n_states
 
-# Every linear layer of both bases except the LLM's head, as the original's
-# find_all_linear_names has it.
+FORMAT = 2  # number of the format of llast.json and llast.safetensors
+
+# Every linear layer of both base models except the head of the LLM, as find_all_linear_names of the
+# original does.
 ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 LLM_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def pick_device() -> tuple[torch.device, torch.dtype, str]:
-    """The one place that chooses where and in what precision to compute, and says why."""
-    if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
-        name = torch.cuda.get_device_name()
-        return torch.device("cuda"), torch.bfloat16, f"{name}, frozen weights in bfloat16"
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-        return torch.device("cuda"), torch.float32, f"{name}, float32 as it has no bfloat16"
+    """The device, the precision of the frozen weights, and a sentence that explains the choice."""
     threads = torch.get_num_threads()
     reason = f"no CUDA device: CPU with {threads} thread{'s'[: threads > 1]}, float32"
-    return torch.device("cpu"), torch.float32, reason
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), torch.float32, reason
+    name = torch.cuda.get_device_name()
+    if torch.cuda.is_bf16_supported():
+        return torch.device("cuda"), torch.bfloat16, f"{name}, frozen weights in bfloat16"
+    return torch.device("cuda"), torch.float32, f"{name}, float32 because it has no bfloat16"
 
 
 @contextmanager
-def phase(what: str, less: str):
-    """A lack of memory is told with the part of the work where it came, and what needs less."""
+def explain_out_of_memory(during: str, advice: str):
+    """Add to an out-of-memory error what was running and which options need less memory.
+
+    The allocator of the CPU raises a RuntimeError; it becomes the same error as on a GPU.
+    """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise torch.OutOfMemoryError(f"out of memory {what}; {less}: {error}") from error
+    except RuntimeError as error:
+        on_cpu = any(
+            words in str(error) for words in ("can't allocate memory", "not enough memory")
+        )
+        if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise torch.OutOfMemoryError(f"out of memory {during}; {advice}: {error}") from error
 
 
 @dataclass(frozen=True)
 class LLaSTConfig:
-    """What a LLaST is made of. Everything that training and use must agree on is here."""
+    """What a LLaST is made of: everything that must be the same in training and in use."""
 
-    encoder: str  # a Whisper checkpoint: a folder, or one of OpenAI's files
+    encoder: str  # folder of a Whisper checkpoint
     llm: str  # folder of a Llama checkpoint
     template: str  # key of data.TEMPLATES
-    window: str  # "30s" or "clip": what the encoder is given, see whisper_encoder.clip_to_mel
-    encoder_rank: int  # R of the LoRA in the encoder; 0 leaves the encoder as it is
+    window: str  # "30s" or "clip": how a clip is padded, see whisper_encoder.clip_to_mel
+    encoder_rank: int  # R of the LoRA in the encoder; 0 means no LoRA there
     encoder_alpha: float
-    llm_rank: int  # R of the LoRA in the LLM; 0 leaves the LLM as it is
+    llm_rank: int  # R of the LoRA in the LLM; 0 means no LoRA there
     llm_alpha: float
-    dropout: float  # inside both LoRAs
-    directions: tuple[str, ...]  # what it was trained to translate, as "fr-en"
+    dropout: float  # of both LoRAs
+    directions: tuple[str, ...]  # what it was trained to translate, such as "fr-en"
+    tasks: tuple[str, ...] = ("st", "asr")  # what it was trained on: translation, transcription
 
 
 class Projector(nn.Module):
-    """The adaptor: three linear layers, exact GELU between them. (..., Da) -> (..., D)"""
+    """The adaptor: three linear layers with exact GELU between them. (..., Da) -> (..., D)
+
+    Its weights are float32 on every device. It is trained, and a step of the optimizer is often too
+    small to change a number in half precision.
+    """
 
     def __init__(self, Da: int, D: int):
         super().__init__()
-        # `model` is the original's name: its tensors are called projector.model.0.weight and so on.
+        # `model` is the name in the original: its tensors are projector.model.0.weight and so on.
         self.model = nn.Sequential(
             nn.Linear(Da, D), nn.GELU(), nn.Linear(D, D), nn.GELU(), nn.Linear(D, D)
         )
@@ -96,7 +120,7 @@ class Projector(nn.Module):
 
 
 class LLaST(nn.Module):
-    """Two frozen bases, a LoRA in each, and the projector between them."""
+    """Two frozen base models, a LoRA in each, and the projector between them."""
 
     def __init__(
         self,
@@ -104,89 +128,100 @@ class LLaST(nn.Module):
         speech_encoder: WhisperEncoder,
         llm: Llama,
         tokenizer: Tokenizer | None,
+        fingerprints: dict[str, str] | None = None,
     ):
         super().__init__()
-        self.config, self.tokenizer = config, tokenizer
-        self.speech_encoder, self.llm = speech_encoder, llm
-        self.speech_encoder.requires_grad_(False)
-        self.llm.requires_grad_(False)
+        self.config, self.tokenizer, self.fingerprints = config, tokenizer, fingerprints
+        self.speech_encoder = speech_encoder.requires_grad_(False)
+        self.llm = llm.requires_grad_(False)
         for base, targets, rank, alpha in (
-            (self.speech_encoder, ENCODER_TARGETS, config.encoder_rank, config.encoder_alpha),
-            (self.llm, LLM_TARGETS, config.llm_rank, config.llm_alpha),
+            (speech_encoder, ENCODER_TARGETS, config.encoder_rank, config.encoder_alpha),
+            (llm, LLM_TARGETS, config.llm_rank, config.llm_alpha),
         ):
             if rank:
                 add_lora(base, targets, rank, alpha, config.dropout)
-        Da, D = self.speech_encoder.config.d_model, self.llm.config.hidden_size
+        Da, D = speech_encoder.config.d_model, llm.config.hidden_size
         self.projector = Projector(Da, D).to(llm.lm_head.weight.device)
 
     @classmethod
-    def fresh(cls, config: LLaSTConfig, dtype: torch.dtype = torch.float32, device="cpu"):
-        """Both bases as they were published, with a LoRA that changes nothing and a new projector.
+    def fresh(cls, config, dtype=torch.float32, device="cpu", fingerprints=None) -> "LLaST":
+        """Both published base models, LoRAs that change nothing, and an untrained projector.
 
-        Each tensor goes to its device as it is read, so that no second copy of a base is held.
+        The fingerprints of the base models are taken before they are loaded, unless the caller has
+        just taken them. So a base that changes during training is not recorded as the one used.
         """
+        fingerprints = fingerprints or fingerprints_of(config)
         encoder = WhisperEncoder.from_pretrained(config.encoder, dtype, device)
         llm, tokenizer = Llama.from_pretrained(config.llm, dtype, device), Tokenizer(config.llm)
-        if tokenizer.vocab_size > llm.config.vocab_size:
+        # Tokens that no template uses do not matter: some folders name one beyond the weights.
+        ids = [*prompt_ids(list(TEMPLATES[config.template]), tokenizer), *tokenizer.eos_ids]
+        size = 1 + max(tokenizer.n_pieces - 1, *ids)
+        if size > llm.config.vocab_size:
             raise ValueError(
-                f"{config.llm}: the tokenizer has {tokenizer.vocab_size} tokens, the weights have "
-                f"room for {llm.config.vocab_size}; they belong to different models"
+                f"{config.llm}: the tokenizer has {size} tokens, but the weights have only "
+                f"{llm.config.vocab_size}; use the tokenizer of this model"
             )
-        end_id(config.template, tokenizer)  # a template that the tokenizer cannot write is refused
-        return cls(config, encoder, llm, tokenizer)
+        return cls(config, encoder, llm, tokenizer, fingerprints)
 
     @property
     def device(self) -> torch.device:
         return self.llm.lm_head.weight.device
 
     def encode_speech(self, audio: list[Tensor]) -> list[Tensor]:
-        """Waveforms (N,) of any lengths -> for each the LLM positions it is worth, (S, D)."""
+        """List of waveforms (N,) -> list of speech embeddings (S, D), one per clip."""
         M = self.speech_encoder.config.num_mel_bins
         mels = [clip_to_mel(clip.to(self.device), M, self.config.window).T for clip in audio]
         lengths = torch.tensor([len(mel) // 2 for mel in mels], device=self.device)
         mel = pad_sequence(mels, batch_first=True).transpose(1, 2)  # (B, M, 2S)
         mel = mel.to(self.speech_encoder.conv1.weight.dtype)
-        # Keep each clip's own states: not the silence of a 30 s window, not a neighbour's length.
+        # Keep only the states of the clip itself, not of the silence that fills a 30 s window.
         n_real = [n_states(len(clip)) for clip in audio]
         states = self.speech_encoder(mel, lengths, max(n_real))  # (B, n, Da)
         speech = self.projector(states).to(self.llm.lm_head.weight.dtype)
-        return [clip[:n] for clip, n in zip(speech, n_real, strict=True)]
+        return [embeddings[:n] for embeddings, n in zip(speech, n_real, strict=True)]
 
-    def splice(self, ids: Tensor, speech: Tensor) -> Tensor:
-        """The row the LLM sees: embedded ids (T,) with speech where AUDIO_ID stands. -> (P, D)"""
+    def splice(self, ids: Tensor, speech: Tensor, at: int) -> Tensor:
+        """Embeddings of ids (T,), with speech (S, D) in place of the id at index `at`. -> (P, D)
+
+        `at` is the index of AUDIO_ID. It is an argument because a search for it in `ids` would make
+        the CPU wait for the GPU, once for each row.
+        """
         words = self.llm.embed(ids.clamp(min=0))  # (T, D)
-        at = (ids == AUDIO_ID).nonzero().item()
         return torch.cat([words[:at], speech, words[at + 1 :]])
 
     def forward(self, batch: Batch) -> Tensor:
-        """The loss of every answer token of the batch, its end token included. -> (answer tokens,)
+        """The loss of every answer token, its end token included, row by row. -> (answer tokens,)
 
-        Rows are padded on the right only, so positions count from 0 in each row, plain causal
-        attention is enough, and a row's loss does not depend on the rows beside it.
+        batch.loss_rows has the row of each loss.
+
+        Rows are padded on the right. So the speech and the words of a row have the same positions
+        in every batch, and causal attention needs no mask: no token can see the padding behind it.
+        The loss of a row does not depend on the other rows.
         """
         rows, labels = [], []
         speech = self.encode_speech(batch.audio)
-        for heard, ids, label, n in zip(
-            speech, batch.ids, batch.labels, batch.lengths, strict=True
-        ):
-            ids, label = ids[:n].to(self.device), label[:n].to(self.device)
-            rows.append(self.splice(ids, heard))
-            # The answer stands at the end, so in front of it every position is ignored alike.
-            labels.append(F.pad(label, (len(heard) - 1, 0), value=IGNORE))
+        parts = zip(speech, batch.ids, batch.labels, batch.lengths, batch.audio_at, strict=True)
+        for embeddings, ids, label, n, at in parts:
+            rows.append(self.splice(ids[:n].to(self.device), embeddings, at))
+            # The speech makes the row S - 1 longer, in front of the answer, where no label is.
+            labels.append(F.pad(label[:n].to(self.device), (len(embeddings) - 1, 0), value=IGNORE))
         x = pad_sequence(rows, batch_first=True)  # (B, P, D)
         labels = pad_sequence(labels, batch_first=True, padding_value=IGNORE)  # (B, P)
 
-        following = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # position p predicts that at p + 1
-        asked = torch.where(following != IGNORE)  # here alone work the last MLP and the head
-        hidden = self.llm.hidden(x, asked=asked)[0]  # (answer tokens, D)
+        # The state at position p predicts the token at p + 1. So shift the labels to the left: the
+        # last position of the prompt gets the first token of the answer.
+        next_tokens = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # (B, P)
+        # The last MLP and the head are computed only at positions that have a label.
+        selection = torch.where(next_tokens != IGNORE)
+        hidden = self.llm.hidden(x, selection=selection)[0]  # (answer tokens, D)
         logits = self.llm.logits(hidden)  # (answer tokens, V)
-        return F.cross_entropy(logits.float(), following[asked], reduction="none")
+        return F.cross_entropy(logits.float(), next_tokens[selection], reduction="none")
 
     def compile_layers(self):
         """Compile each layer in place, for any shape: slow at first, then faster."""
         if self.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-            raise ValueError("--compile on a CPU needs a C++ compiler, and there is no g++")
-        # Training and use, one clip and many, with padding and without: each is compiled once.
+            raise ValueError("--compile on a CPU needs a C++ compiler, and g++ was not found")
+        # A layer is compiled again for training, for use, for one clip, for a mask, and so on.
         torch._dynamo.config.recompile_limit = 64
         for layer in (*self.speech_encoder.layers, *self.llm.model.layers):
             layer.compile(dynamic=True)
@@ -195,109 +230,136 @@ class LLaST(nn.Module):
         """The tensors that training changes: both LoRAs and the projector."""
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
-    def fill_trained(self, tensors: dict[str, Tensor], where):
-        """Take over trained tensors, exactly those that this model trains."""
+    def fill_trained(self, tensors: dict[str, Tensor], source):
+        """Copy trained tensors into the model. Names and shapes must be exactly those it trains."""
         trained = self.trained()
-        must_match(trained, tensors, where)
+        must_match(trained, tensors, source)
         for name, tensor in trained.items():
             tensor.copy_(tensors[name])
 
     def save_pretrained(self, folder):
-        """Write what was trained (llast.safetensors) and on what (llast.json).
+        """Write the trained tensors (llast.safetensors) and their description (llast.json).
 
-        Both are complete before either gets its name, so a broken save leaves the one before.
+        Each file is complete before it gets its name. A process that is killed between the two
+        renames leaves new tensors with the old description. Within one training run the
+        description does not change, so that is a whole model. Otherwise loading is an error.
         """
         if any(layer.lora_A is None for layer in lora_layers(self)):
-            raise ValueError("the LoRA was merged for good; what was trained is no longer there")
+            raise ValueError("this LoRA was merged for good, so there is nothing to save")
+        if not self.fingerprints:
+            raise ValueError(
+                "the base models have no fingerprints; build the model with LLaST.fresh"
+            )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        bases = {"encoder": Path(self.config.encoder), "llm": Path(self.config.llm)}
-        about = {
-            "config": asdict(self.config)
-            | {
-                name: os.path.relpath(base.resolve(), folder.resolve())
-                for name, base in bases.items()
-            },
-            "fingerprints": fingerprints_of(self.config),
-            "versions": {"llast": 1, "torch": torch.__version__},
+        config = asdict(self.config)
+        for base in ("encoder", "llm"):  # relative, so that all folders can move together
+            config[base] = os.path.relpath(Path(config[base]).resolve(), folder.resolve())
+        description = {
+            "config": config,
+            "fingerprints": self.fingerprints,
+            "versions": {"llast": FORMAT, "torch": torch.__version__},
         }
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.trained().items()}
-        save_file(tensors, folder / "llast.safetensors.tmp")
-        (folder / "llast.json.tmp").write_text(json.dumps(about, indent=2) + "\n")
-        # safetensors lets nobody else read its files; they shall be as readable as any other.
+        digests = digests_of(description, tensors)
+        save_file(tensors, folder / "llast.safetensors.tmp", digests)
+        (folder / "llast.json.tmp").write_text(json.dumps(description, indent=2) + "\n")
+        # safetensors makes files that only the owner can read. Give them normal permissions.
         shutil.copymode(folder / "llast.json.tmp", folder / "llast.safetensors.tmp")
         for name in ("llast.safetensors", "llast.json"):
             os.replace(folder / f"{name}.tmp", folder / name)
 
     @classmethod
     def from_pretrained(cls, folder, encoder=None, llm=None, device="cpu", dtype=torch.float32):
-        """Read what save_pretrained wrote; every tensor must fit and the bases must be the same.
+        """Read a folder of save_pretrained. An error if anything in it or in a base has changed.
 
-        `encoder` and `llm` say where the bases are now, if they have moved.
+        `encoder` and `llm` are the folders of the base models if these have moved.
         """
         folder = Path(folder)
-        config, fingerprints = read_about(folder)
+        config, fingerprints, tensors = read_saved(folder)
         moved = {name: str(path) for name, path in (("encoder", encoder), ("llm", llm)) if path}
         config = replace(config, **moved)
         check_bases(config, fingerprints, folder)
-        model = cls.fresh(config, dtype, device)
-        model.fill_trained(dict(stored_tensors(folder / "llast.safetensors")), folder)
+        model = cls.fresh(config, dtype, device, fingerprints)
+        model.fill_trained(tensors, folder)
         return model.eval()
 
 
-def read_about(folder: Path) -> tuple[LLaSTConfig, dict[str, str]]:
-    """llast.json: the configuration, its folders made whole, and the bases' fingerprints."""
-    for name in ("llast.json", "llast.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is no saved LLaST: it has no {name}")
-    try:
-        about = json.loads((folder / "llast.json").read_text())
-        config = about["config"] | {"directions": tuple(about["config"]["directions"])}
-        for name in ("encoder", "llm"):
-            config[name] = os.path.normpath(folder.resolve() / config[name])
-        return LLaSTConfig(**config), about["fingerprints"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder}/llast.json cannot be used: {error!r}") from error
+def read_saved(folder: Path) -> tuple[LLaSTConfig, dict[str, str], dict[str, Tensor]]:
+    """Configuration, fingerprints of the base models, and trained tensors of a saved model."""
+    text, weights = folder / "llast.json", folder / "llast.safetensors"
+    for file in (text, weights):
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder} is not a saved LLaST: it has no {file.name}")
+    description = read_json(text)
+    for name, keys in (("versions", {"llast"}), ("config", {"encoder", "llm"}),
+                       ("fingerprints", {"encoder", "llm"})):  # fmt: skip
+        part = description.get(name)
+        if not isinstance(part, dict) or not keys <= part.keys():
+            raise ValueError(f"{text}: {name} must have {sorted(keys)}, found {part!r:.60}")
+    if description["versions"]["llast"] != FORMAT:
+        raise ValueError(
+            f"{text} has format {description['versions']['llast']!r:.40}, but this program reads "
+            f"only {FORMAT}; train again, or use the version of the program that wrote it"
+        )
+    tensors = dict(read_tensors(weights))
+    with safe_open(weights, "pt") as stored:
+        saved = stored.metadata() or {}
+    digests = digests_of(description, tensors)
+    if changed := [name for name, digest in digests.items() if saved.get(name) != digest]:
+        raise ValueError(
+            f"{folder}: {' and '.join(changed)} changed after the model was saved, or are of two "
+            f"different models; copy both files again, or train again"
+        )
+    values = dict(description["config"])
+    for name in ("directions", "tasks"):  # JSON has lists in place of tuples
+        if isinstance(values.get(name), list) and all(isinstance(v, str) for v in values[name]):
+            values[name] = tuple(values[name])
+    config = check_fields(LLaSTConfig, values, text, lowest=0)
+    bases = {k: os.path.normpath(folder.resolve() / values[k]) for k in ("encoder", "llm")}
+    return replace(config, **bases), description["fingerprints"], tensors
 
 
-def check_bases(config: LLaSTConfig, fingerprints: dict[str, str], where: Path):
-    """Refuse a base that is not there, or that is another than `where` was trained on."""
-    for name, wanted in fingerprints.items():
+def digests_of(description: dict, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """SHA-256 of what llast.json says, and of the tensors: damage and changes are found."""
+    said = json.dumps([description["config"], description["fingerprints"]], sort_keys=True)
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+    described = hashlib.sha256(said.encode()).hexdigest()
+    return {"llast.json": described, "llast.safetensors": digest.hexdigest()}
+
+
+def check_bases(config: LLaSTConfig, fingerprints: dict[str, str], source):
+    """Raise an error if a base model is missing, or is not the one that `source` was trained on."""
+    for name, expected in fingerprints.items():
         base = Path(getattr(config, name))
         if not base.exists():
             raise FileNotFoundError(
-                f"{where} was trained on the {name} in {base}, which is not there; "
-                f"say where it is now with --{name} PATH"
+                f"{source} was trained on the {name} in {base}, which does not exist; "
+                f"give its folder with --{name} PATH"
             )
-        found = fingerprint(base.resolve(), name)
-        if found != wanted:
+        actual = fingerprint(base, name)
+        if actual != expected:
             raise ValueError(
-                f"{where} was trained on another {name} than the one in {base}: "
-                f"fingerprint {wanted[:12]}, found {found[:12]}"
+                f"{source} was trained on another {name} than the one in {base}: fingerprint "
+                f"{expected:.12}, found {actual:.12}; give the right folder with --{name} PATH"
             )
 
 
 def fingerprints_of(config: LLaSTConfig) -> dict[str, str]:
-    bases = {"encoder": config.encoder, "llm": config.llm}
-    return {kind: fingerprint(Path(base).resolve(), kind) for kind, base in bases.items()}
+    """The fingerprint of each base model."""
+    return {name: fingerprint(Path(getattr(config, name)), name) for name in ("encoder", "llm")}
 
 
-@lru_cache
-def fingerprint(base: Path, kind: str) -> str:
-    """SHA-256 of what is read of a base: configuration, weights, of an LLM the tokenizer."""
-    if base.is_file():
-        files = [base]
-    else:  # Hugging Face's files go before Meta's
-        meta = not (base / "config.json").is_file() and list(base.glob("consolidated.*.pth"))
-        about = ["params.json" if meta else "config.json"]
-        if kind == "llm":
-            about += ["tokenizer.model", "added_tokens.json"]
-        files = meta or weight_files(base)
-        files += [base / name for name in about if (base / name).is_file()]
+def fingerprint(base: Path, name: str) -> str:
+    """SHA-256 of the files that are read of a base model: weights, configuration, tokenizer."""
+    others = ["config.json", *(TOKENIZER_FILES if name == "llm" else ())]
+    files = weight_files(base) + [base / other for other in others if (base / other).is_file()]
     digest = hashlib.sha256()
     for file in sorted(files):
-        digest.update(file.name.encode() if file != base else b"")
+        digest.update(file.name.encode())
         with open(file, "rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from data import IGNORE, TEMPLATES, Batch, Batches, Row, describe_overlap, parse_directions
-from llast import LLaST, LLaSTConfig, phase, pick_device
+from llast import LLaST, LLaSTConfig, explain_out_of_memory, pick_device
 from lora import merge_lora
 from translate import SearchOptions, describe, metrics, read_splits, score_rows, translate
 from whisper_encoder import WINDOWS
@@ -286,7 +286,7 @@ def train_step(model: LLaST, batches: list[Batch], optimizer, clip_norm: float):
     step_losses = []
     for batch in batches:
         size = f"{len(batch.audio)} rows of {max(batch.positions)} positions"
-        with phase(f"in training, on a batch of {size}", LESS):
+        with explain_out_of_memory(f"in training, on a batch of {size}", LESS):
             losses = model(batch)  # one for each answer token
             (losses.sum() / n_tokens).backward()  # adds to the gradients of the batches before
         step_losses.append(losses.detach())
@@ -295,7 +295,7 @@ def train_step(model: LLaST, batches: list[Batch], optimizer, clip_norm: float):
     if not math.isfinite(grad_norm):  # a step would turn the weights into NaN
         found = f"the loss is {losses.mean():.4g} and its gradient has length {grad_norm:.4g}"
         raise ValueError(f"{found}, so this step was not done; try a smaller --lr")
-    with phase("in a step of the optimizer", SMALLER):
+    with explain_out_of_memory("in a step of the optimizer", SMALLER):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return losses, grad_norm
@@ -441,7 +441,7 @@ def load_model(settings: Preset, args: argparse.Namespace) -> LLaST:
     torch.manual_seed(args.seed)
     device, dtype, reason = pick_device()
     print(f"{short(settings.encoder)}, {short(settings.llm)}, {short(settings.data)}; {reason}")
-    with phase("while loading the models", SMALLER):
+    with explain_out_of_memory("while loading the models", SMALLER):
         model = LLaST.fresh(model_config(settings), dtype, device)
     model.speech_encoder.recompute = settings.recompute == "all"
     model.llm.recompute = settings.recompute != "none"
@@ -489,7 +489,7 @@ class Report:
 
     def after_epoch(self, epoch: int):
         self.model.save_pretrained(self.out)
-        with phase("on the dev clips", LESS):
+        with explain_out_of_memory("on the dev clips", LESS):
             scores = dev_scores(self.model, self.dev)
             self.log({"step": self.n_done, "epoch": epoch} | scores)
             text = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in scores.items())
@@ -512,7 +512,7 @@ def finish(model: LLaST, rows: list[Row], settings: Preset, out: Path, began: fl
     results, search = {}, SearchOptions(settings.beams)
     merge_lora(model)  # from here on the model only translates, and merged is faster
     for direction, group in by_direction(rows).items():
-        with phase(f"on a test clip, the model is saved in {short(out)}", SMALLER):
+        with explain_out_of_memory(f"on a test clip, the model is saved in {short(out)}", SMALLER):
             results[direction] = score_rows(model, group, out / f"test.{direction}.tsv", search)
         print(f"test {describe(direction, results[direction])}")
     results["seconds"] = seconds = round(time.time() - began, 1)

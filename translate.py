@@ -27,7 +27,7 @@ from tqdm import tqdm
 import whisper_encoder
 from data import Row, end_id, parse_directions, prompt_for, prompt_ids, read_corpus, write_table
 from llama import Cache, Llama
-from llast import LLaST, phase, pick_device
+from llast import LLaST, explain_out_of_memory, pick_device
 from lora import merge_lora
 from whisper_encoder import MAX_SECONDS, SAMPLE_RATE, AudioError, audio_seconds, load_audio
 
@@ -96,7 +96,7 @@ def read_prompts(llm: Llama, prompts: list[Tensor]) -> tuple[Tensor, Cache, Tens
     is_real = torch.arange(x.shape[1], device=device) < lengths[:, None]  # (B, P)
     # The state at the last position of a prompt predicts the first token of the answer. Behind it
     # there is only padding, so its index is lengths - 1.
-    last, cache = llm.hidden(x, asked=(torch.arange(B, device=device), lengths - 1))  # (B, D)
+    last, cache = llm.hidden(x, selection=(torch.arange(B, device=device), lengths - 1))  # (B, D)
     return last, cache, is_real
 
 
@@ -298,8 +298,9 @@ def answer(model: LLaST, ids: Tensor, inputs: list, embed, search) -> list[list[
     not fit into memory is divided into halves, with the same result.
     """
     try:
-        with phase("even with one clip at a time", "fewer --beams or --max-new-tokens need less"):
-            prompts = [model.splice(ids, speech) for speech in embed(inputs)]
+        with explain_out_of_memory("with one clip", "fewer --beams or --max-new-tokens need less"):
+            # AUDIO_ID is the only negative id.
+            prompts = [model.splice(ids, speech, int(ids.argmin())) for speech in embed(inputs)]
             answers = beam_search(model.llm, prompts, end_ids(model), search)
     except torch.OutOfMemoryError:
         if len(inputs) == 1:
@@ -540,7 +541,7 @@ def load_model(args: argparse.Namespace) -> tuple[LLaST, Path]:
         folder = saved[-1].parent
         print(f"no --model: the newest one is {folder}", file=sys.stderr)
     device, dtype, _ = pick_device()
-    with phase("while loading the model", "a smaller one needs less"):
+    with explain_out_of_memory("while loading the model", "a smaller one needs less"):
         model = LLaST.from_pretrained(folder, args.encoder, args.llm, device, dtype)
         merge_lora(model, for_good=True)
     if args.compile:

@@ -15,10 +15,11 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
+from typing import get_origin
 
 import soundfile
 import torch
@@ -306,25 +307,27 @@ def clip_to_mel(audio: Tensor, n_mels: int, window: str) -> Tensor:
 
 @dataclass(frozen=True)
 class WhisperConfig:
-    """The fields of a Whisper checkpoint's config.json that the encoder needs."""
+    """The values in config.json of a Whisper checkpoint that change what the encoder computes."""
 
     num_mel_bins: int  # M
     d_model: int  # Da
     encoder_layers: int
-    encoder_attention_heads: int  # H
+    encoder_attention_heads: int  # H, divides Da
     encoder_ffn_dim: int
     max_source_positions: int  # the largest S
 
     @classmethod
-    def from_json(cls, path):
-        raw = read_json(Path(path))
-        missing = [name for name in cls.__dataclass_fields__ if name not in raw]
-        if missing:
-            raise ValueError(f"{path} has no {missing}; is it the config.json of a Whisper model?")
-        for name, ours in (("activation_function", "gelu"), ("scale_embedding", False)):
-            if raw.get(name, ours) != ours:
-                raise ValueError(f"{path} asks for {name}={raw[name]!r}; only {ours!r} is built")
-        return cls(**{name: raw[name] for name in cls.__dataclass_fields__})
+    def from_json(cls, path) -> "WhisperConfig":
+        """Read config.json. A wrong or missing value is an error, and so is an unknown feature."""
+        path = Path(path)
+        raw = read_json(path)
+        for name, built in (("activation_function", "gelu"), ("scale_embedding", False)):
+            if raw.get(name, built) != built:
+                raise ValueError(f"{path} asks for {name}={raw[name]!r}; only {built!r} is built")
+        config = check_fields(cls, raw, path)
+        if config.d_model % config.encoder_attention_heads:
+            raise ValueError(f"{path}: encoder_attention_heads must divide d_model, found {config}")
+        return config
 
 
 class SelfAttention(nn.Module):
@@ -423,83 +426,103 @@ class WhisperEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path, dtype: torch.dtype = torch.float32, device="cpu"
+        cls, folder, dtype: torch.dtype = torch.float32, device="cpu"
     ) -> "WhisperEncoder":
         """Read a Hugging Face folder of Whisper with safetensors.
 
-        Every tensor of the encoder must be there with its shape; the decoder is left out by name.
+        Every tensor of the encoder must be there with its shape. The decoder is left out.
         """
-        path = Path(path)
-        files = weight_files(path)
-        config = WhisperConfig.from_json(path / "config.json")
+        folder = Path(folder)
+        files = weight_files(folder)
+        config = WhisperConfig.from_json(folder / "config.json")
+        stored = {}
+        for name, tensor in chain.from_iterable(map(read_tensors, files)):
+            name = name.removeprefix("model.")  # added by WhisperForConditionalGeneration
+            if not name.startswith(("decoder.", "proj_out.")):
+                stored[name.removeprefix("encoder.")] = tensor
+        if config.encoder_layers > len(stored):  # a million layers would take hours to build
+            raise ValueError(f"{folder} has {len(stored)} tensors, too few for {config}")
         with torch.device("meta"):
             encoder = cls(config)
-        weights = {}
-        for name, tensor in chain.from_iterable(map(stored_tensors, files)):
-            name = name.removeprefix("model.")  # ...ForConditionalGeneration adds it
-            if not name.startswith(("decoder.", "proj_out.")):
-                weights[name.removeprefix("encoder.")] = tensor.to(device, dtype)
-        must_match(encoder.state_dict(), weights, path)
+        must_match(encoder.state_dict(), stored, folder)
+        # safetensors maps files into memory, so each tensor is read here, not before.
+        weights = {name: tensor.to(device, dtype) for name, tensor in stored.items()}
         encoder.load_state_dict(weights, assign=True)
         return encoder
 
 
 # ------------------------------------------------------------------------------------ weight files
 
-# llama.py holds the same four functions: either file can be read, or taken away,
-# without the other.
+# llama.py and llast.py import these.
 
 
 def read_json(path: Path) -> dict:
-    """The object that a JSON file holds; what is none is an error that names the file."""
+    """The object in a JSON file. Anything else is an error that names the file."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object but {found!r:.40}")
-    return found
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
+        raise ValueError(f"{path} is not JSON: {error}; download or copy it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, found {value!r:.40}")
+    return value
+
+
+def check_fields(cls, values: dict, path: Path, lowest: float = 1e-12):
+    """An instance of the dataclass `cls`, if each JSON value has the type of its field.
+
+    A number must be at least `lowest`; the default refuses 0. The upper limits refuse sizes that no
+    model has, before anything of such a size is built.
+    """
+    types = {int: (int,), float: (int, float), bool: (bool,), str: (str,), tuple: (tuple,)}
+    highest = {int: 10**6, float: 10**12}
+    for field in fields(cls):
+        value, kind = values.get(field.name), get_origin(field.type) or field.type
+        fits = type(value) in types[kind]
+        if not fits or kind in highest and not lowest <= value <= highest[kind]:
+            raise ValueError(
+                f"{path} has no valid {field.name} ({kind.__name__}), found {value!r:.40}; is it "
+                f"the right file?"
+            )
+    return cls(**{field.name: values[field.name] for field in fields(cls)})
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a Hugging Face folder: one, or the shards that its index names."""
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    try:
+        if index.is_file() and not (folder / "model.safetensors").is_file():
+            names = sorted(set(read_json(index)["weight_map"].values()))
+        files = [folder / Path(name).name for name in names]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{index}: weight_map must map names to files: {error!r}") from error
+    if missing := [file.name for file in files if not file.is_file()]:
         raise FileNotFoundError(
-            f"{folder} is not a Hugging Face folder with model.safetensors (or its index). Convert "
-            f"other weights with: python tools/convert.py whisper|llama {folder} --out NEW_FOLDER"
+            f"{folder} has no {missing}. Take a Hugging Face folder with safetensors, or convert "
+            f"other weights: python tools/convert.py whisper|llama {folder} --out NEW_FOLDER"
         )
-    shards = sorted(set(read_json(index)["weight_map"].values()))
-    absent = [shard for shard in shards if not (folder / Path(shard).name).is_file()]
-    if absent:
-        raise FileNotFoundError(f"{folder} lacks {absent}, which {index.name} names")
-    return [folder / Path(shard).name for shard in shards]
+    return files
 
 
-def stored_tensors(file: Path):
-    """Every (name, tensor) of a safetensors file, each read when it is needed."""
+def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of everything in a safetensors file. The numbers are read when used."""
     try:
         with safe_open(file, "pt") as stored:
             for name in stored.keys():  # noqa: SIM118, it is not a dict
                 yield name, stored.get_tensor(name)
     except Exception as error:
-        raise ValueError(f"{file} cannot be read as weights, is it cut short? {error!r}") from error
+        raise ValueError(f"{file} cannot be read as weights; is it complete? {error!r}") from error
 
 
-def must_match(wanted: dict[str, Tensor], found: dict[str, Tensor], where):
-    """Refuse, with lists, weights that do not have exactly the wanted names and shapes."""
-    common = sorted(wanted.keys() & found.keys())
-    wrong = {
-        "missing": sorted(wanted.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - wanted.keys()),
-        "of another shape": [
-            f"{name} {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
-            for name in common
-            if found[name].shape != wanted[name].shape
-        ],
-    }
-    if any(wrong.values()):
-        lists = "; ".join(f"{len(v)} {k}: {', '.join(v[:8])}" for k, v in wrong.items() if v)
-        raise ValueError(f"the weights in {where} do not fit the configuration there: {lists}")
+def must_match(expected: dict[str, Tensor], stored: dict[str, Tensor], source):
+    """Raise an error unless names and shapes are the expected ones and all numbers are floats."""
+    wrong = [f"missing: {name}" for name in sorted(expected.keys() - stored.keys())]
+    wrong += [f"unexpected: {name}" for name in sorted(stored.keys() - expected.keys())]
+    for name in sorted(expected.keys() & stored.keys()):
+        shape, tensor = tuple(expected[name].shape), stored[name]
+        if tuple(tensor.shape) != shape:
+            wrong.append(f"of another shape: {name} {tuple(tensor.shape)}, not {shape}")
+        elif not tensor.is_floating_point():
+            wrong.append(f"not of floats: {name} {tensor.dtype}")
+    if wrong:
+        shown = "; ".join(wrong[:8])
+        raise ValueError(f"{source}: {len(wrong)} tensors do not fit the configuration: {shown}")

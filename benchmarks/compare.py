@@ -514,7 +514,10 @@ def translation_cases(bench: Bench, ours: LLaST, peer: Peer):
 
     @torch.inference_mode()
     def run(model: LLaST, audio: list[Tensor]):
-        rows = [model.splice(ids, heard) for heard in model.encode_speech(audio)]
+        rows = [
+            model.splice(ids, speech, prompt.index(AUDIO_ID))
+            for speech in model.encode_speech(audio)
+        ]
         found = beam_search(model.llm, rows, [NEVER], SearchOptions(5, 1.0, ANSWER))
         return [best.ids for best, *_ in found]
 
@@ -566,7 +569,7 @@ def prefill_case(bench: Bench, ours: LLaST, peer: Peer):
     last = tuple(torch.tensor([[0], [250 + PROMPT - 1]], device=bench.device))  # row, position
 
     def mine():
-        return ours.llm.logits(ours.llm.hidden(x, asked=last)[0])
+        return ours.llm.logits(ours.llm.hidden(x, selection=last)[0])
 
     def theirs():
         return peer.llm(inputs_embeds=x, use_cache=True, logits_to_keep=1).logits[:, -1]

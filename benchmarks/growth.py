@@ -34,6 +34,7 @@ from compare import (
 from PIL import Image
 from tqdm import tqdm
 
+from data import AUDIO_ID
 from llast import LLaST, pick_device
 from lora import merge_lora
 from translate import SearchOptions, beam_search
@@ -61,7 +62,10 @@ def translating(model: LLaST, seconds: float, batch: int, beams: int, answer: in
 
     @torch.inference_mode()
     def work():
-        prompts = [model.splice(ids, heard) for heard in model.encode_speech(audio)]
+        prompts = [
+            model.splice(ids, speech, prompt.index(AUDIO_ID))
+            for speech in model.encode_speech(audio)
+        ]
         beam_search(model.llm, prompts, [NEVER], SearchOptions(beams, 1.0, answer))
 
     return work

@@ -150,19 +150,6 @@ def test_requirements_are_the_packages_with_exact_versions():
     assert all(re.fullmatch(r"[a-z]+==[\d.]+", pin) for pin in pins)
 
 
-def test_functions_with_one_name_in_both_model_files_are_equal():
-    """Each model file can be read without the other, so the loading code is in both."""
-    ours, theirs = (
-        {node.name: ast.unparse(node) for node in tree_of(module).body
-         if isinstance(node, ast.FunctionDef)}
-        for module in ("whisper_encoder", "llama")
-    )  # fmt: skip
-    shared = ours.keys() & theirs.keys()
-    assert shared
-    for name in shared:
-        assert ours[name] == theirs[name], name
-
-
 # -------------------------------------------------------------------------------------- top level
 
 

@@ -771,7 +771,7 @@ def test_out_of_memory_names_the_phase(command, quick, clips, monkeypatch):
         (
             translate,
             "beam_search",
-            "out of memory even with one clip at a time; fewer --beams or --max",
+            "out of memory with one clip; fewer --beams or --max",
         ),
     ):
         with monkeypatch.context() as patch:
@@ -810,7 +810,7 @@ def test_mistakes_give_exit_code_2_and_a_message_with_what_to_do(command, quick,
     empty = made / "empty.txt"
     empty.write_text("\n\n")
     for arguments, answer in (
-        (["--model", clips, clip], f"{clips} is no saved LLaST: it has no llast.json"),
+        (["--model", clips, clip], f"{clips} is not a saved LLaST: it has no llast.json"),
         ([*quick, "--lang", "french", clip], "--lang is french; "),
         ([*quick, "--lang", "de", clip], "--lang is de; "),
         (

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import make_golden
 from make_golden import FRAMES, GOLDEN, SHORT
-from toys import FAULTS, WHISPER, fill, made_up, shard, tone, whisper_folder, write
+from toys import FAULTS, INTEGERS, WHISPER, fill, made_up, shard, tone, whisper_folder, write
 from whisper_encoder import (
     KAISER_BETA,
     MAX_SAMPLES,
@@ -517,12 +517,12 @@ def test_the_first_n_states_equal_those_of_the_full_encoder(encoder, recompute, 
 # ------------------------------------------------------------------------------------------ loading
 
 
-def test_every_tensor_of_the_folder_lands_and_the_decoder_is_left_out(folder):
-    found = load_file(folder / "model.safetensors")
-    assert {"model.decoder.layer_norm.weight", "proj_out.weight"} <= found.keys()
+def test_every_tensor_of_the_encoder_is_loaded_and_the_decoder_is_left_out(folder):
+    stored = load_file(folder / "model.safetensors")
+    assert {"model.decoder.layer_norm.weight", "proj_out.weight"} <= stored.keys()
     loaded = WhisperEncoder.from_pretrained(folder).state_dict()
     for name, tensor in loaded.items():
-        assert torch.equal(tensor, found[f"model.encoder.{name}"])
+        assert torch.equal(tensor, stored[f"model.encoder.{name}"])
 
 
 def test_a_folder_without_the_prefix_loads_too(folder, tmp_path):
@@ -536,16 +536,33 @@ def test_a_folder_without_the_prefix_loads_too(folder, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     (
-        ({"d_model": None}, r"has no \['d_model'\]; is it the config.json of a Whisper model"),
+        ({"d_model": None}, r"config.json has no valid d_model \(int\), found None"),
+        ({"encoder_attention_heads": 5}, "encoder_attention_heads must divide d_model"),
         ({"activation_function": "relu"}, "activation_function='relu'; only 'gelu' is built"),
         ({"scale_embedding": True}, "scale_embedding=True; only False is built"),
     ),
 )
-def test_a_config_that_is_not_built_is_refused_by_name(tmp_path, change, message):
+def test_a_config_that_is_not_built_is_an_error_that_names_the_value(tmp_path, change, message):
     config = {k: v for k, v in (WHISPER | change).items() if v is not None}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         WhisperConfig.from_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("name", WhisperConfig.__dataclass_fields__)
+def test_a_size_of_another_type_or_size_is_an_error_that_names_it(tmp_path, name):
+    path = tmp_path / "config.json"
+    for value in ("8", 8.5, True, [8], {}, 0, -8, 10**9, 10**400, float("nan")):
+        path.write_text(json.dumps(WHISPER | {name: value}))
+        with pytest.raises(ValueError, match=f"config.json has no valid {name} "):
+            WhisperConfig.from_json(path)
+
+
+def test_a_million_layers_are_refused_before_they_are_built(tmp_path):
+    folder = whisper_folder(tmp_path / "whisper")
+    (folder / "config.json").write_text(json.dumps(WHISPER | {"encoder_layers": 10**6}))
+    with pytest.raises(ValueError, match="tensors, too few for .*encoder_layers=1000000"):
+        WhisperEncoder.from_pretrained(folder)
 
 
 def test_a_whisper_in_shards_is_the_same(folder, tmp_path):
@@ -560,16 +577,16 @@ def test_weights_have_the_precision_that_the_caller_names(folder):
     assert {p.dtype for p in encoder.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_one_faulty_tensor_is_refused_by_name(tmp_path, fault):
+@pytest.mark.parametrize("fault", FAULTS | INTEGERS)
+def test_one_faulty_tensor_is_an_error_that_names_it(tmp_path, fault):
     broken = whisper_folder(tmp_path / "whisper", encoder_layers=1, max_source_positions=8)
     weights = load_file(broken / "model.safetensors")
     for name in [name for name in weights if ".encoder." in name]:
-        spoilt = dict(weights)
-        FAULTS[fault](spoilt, name)
-        save_file(spoilt, broken / "model.safetensors")
+        faulty = dict(weights)
+        (FAULTS | INTEGERS)[fault](faulty, name)
+        save_file(faulty, broken / "model.safetensors")
         ours = re.escape(name.removeprefix("model.encoder."))
-        with pytest.raises(ValueError, match=f"1 {fault}: {ours}"):
+        with pytest.raises(ValueError, match=f" 1 tensors .*: {fault}: {ours}"):
             WhisperEncoder.from_pretrained(broken)
 
 

@@ -106,11 +106,14 @@ def shard(folder: Path, save=save_file, stem: str = "model", suffix: str = "safe
     return folder
 
 
-# Ways to spoil one tensor of a weight file, by name.
+# Ways to make one tensor of a weight file wrong, by the words of the error.
 FAULTS = {
     "missing": lambda weights, name: weights.pop(name),
     "unexpected": lambda weights, name: weights.update({f"{name}_extra": torch.ones(3)}),
     "of another shape": lambda weights, name: weights.update({name: weights[name][:-1].clone()}),
+}
+INTEGERS = {
+    "not of floats": lambda weights, name: weights.update({name: weights[name].view(torch.int32)}),
 }
 
 

@@ -30,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository, whatever t
 
 from data import TEMPLATES, parse_directions
 from llama import Llama, LlamaConfig
-from llast import LLaST, LLaSTConfig, check_bases, fingerprints_of
+from llast import LLaST, LLaSTConfig, check_bases
 from lora import LoRALinear, lora_layers, merge_lora
-from whisper_encoder import WINDOWS, WhisperEncoder, read_json, stored_tensors, weight_files
+from whisper_encoder import WINDOWS, WhisperEncoder, read_json, read_tensors, weight_files
 
 # -------------------------------------------------------------------------------- reading pickles
 
@@ -366,7 +366,7 @@ def export(model: LLaST, out: Path):
     WhisperModel, out/llm-lora on its LlamaForCausalLM. The model is merged afterwards.
     """
     settings = {name: getattr(model.config, name) for name in ("template", "window", "directions")}
-    settings["fingerprints"] = fingerprints_of(model.config)
+    settings["fingerprints"] = model.fingerprints
     with new_folder(out) as partial:
         write_json(settings, partial / "use.json")
         save_file(model.projector.state_dict(), partial / "projector.safetensors")
@@ -390,7 +390,7 @@ def export(model: LLaST, out: Path):
 
 def merge_into(base: Path, merged: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) pairs of a base. Merged weights replace their namesakes and leave `merged`."""
-    for name, tensor in chain.from_iterable(map(stored_tensors, weight_files(base))):
+    for name, tensor in chain.from_iterable(map(read_tensors, weight_files(base))):
         ours = name if name in merged else name.removeprefix("model.")  # some Whisper files have it
         yield name, merged.pop(ours, tensor).to(tensor.dtype)  # keep the precision of the file
 
@@ -423,7 +423,7 @@ def read_peft(folder, prefix: str = "") -> tuple[float, dict[str, Tensor]]:
 
 def read_exported(folder: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
     """From a folder as `export` writes it: the trained tensors, and alpha of each LoRA."""
-    projector = stored_tensors(folder / "projector.safetensors")
+    projector = read_tensors(folder / "projector.safetensors")
     tensors, alphas = {f"projector.{name}": tensor for name, tensor in projector}, {}
     for name, (module, place) in LORAS.items():
         if (folder / name).is_dir():
@@ -442,7 +442,7 @@ def read_original(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; name a checkpoint, or a folder from export")
     if path.suffix == ".safetensors":
-        stored = dict(stored_tensors(path))
+        stored = dict(read_tensors(path))
     else:
         stored = read_pickle(path)
         for key in ("module", "state_dict"):  # DeepSpeed's name, and xtuner's

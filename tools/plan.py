@@ -127,7 +127,14 @@ def translation_bytes(settings: Preset, Wc: WhisperConfig, Lc: LlamaConfig, S: i
     room = P  # it grows as llama.Cache lets it grow
     while room < P + settings.beams * (ANSWER - 1):
         room += max(settings.beams, room // 2)
-    steps = CLIPS * (Lc.num_hidden_layers * position * room + 14 * settings.beams * Lc.vocab_size)
+    groups, keys = (
+        Lc.num_attention_heads // Lc.num_key_value_heads,
+        P + settings.beams * (ANSWER - 1),
+    )
+    mask = 3 * groups * settings.beams * keys  # as bool, and in bf16 for the kernel
+    steps = CLIPS * (
+        Lc.num_hidden_layers * position * room + 14 * settings.beams * Lc.vocab_size + mask
+    )
     return max(encoder, prompts, steps)
 
 

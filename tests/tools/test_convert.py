@@ -238,8 +238,8 @@ def test_one_faulty_tensor_of_a_whisper_is_refused_by_name(tmp_path, format, fau
         toys.FAULTS[fault](spoilt, name)
         source = write_source(tmp_path / f"source{i}", format, spoilt, config, WhisperEncoder)
         message = refusal(source, WhisperEncoder)
-        assert f"1 {fault}: {name.removeprefix('model.encoder.')}" in message
-        assert f"the weights in {source} do not fit" in message
+        assert f"{fault}: {name.removeprefix('model.encoder.')}" in message
+        assert f"{source}: 1 tensors do not fit" in message
 
 
 @pytest.mark.parametrize("fault", toys.FAULTS)
@@ -252,7 +252,7 @@ def test_one_faulty_tensor_of_a_llama_is_refused_by_name(tmp_path, format, fault
         message = refusal(write_source(tmp_path / f"source{i}", format, spoilt, config))
         # Meta's folder has no vocab_size, and two files of it are compared with each other first.
         if not format.startswith("meta") or ("embed_tokens" not in name and "2" not in format):
-            assert f"1 {fault}: {name}" in message
+            assert f"{fault}: {name}" in message
 
 
 @pytest.mark.parametrize("fault", toys.FAULTS)
@@ -523,7 +523,7 @@ def test_the_merged_folders_are_a_llast_without_lora(bases):
     model = trained_model(bases)
     ids = torch.tensor([1, 300, AUDIO_ID, 301])
     speech = model.encode_speech([torch.sin(torch.arange(4000) / 9.0)])[0]
-    expected = model.llm.hidden(model.splice(ids, speech)[None])[0]
+    expected = model.llm.hidden(model.splice(ids, speech, 2)[None])[0]
     export(model, bases / "out")
     config = replace(
         model.config, encoder=str(bases / "out" / "whisper"), llm=str(bases / "out" / "llama"),
@@ -532,7 +532,7 @@ def test_the_merged_folders_are_a_llast_without_lora(bases):
     merged = LLaST.fresh(config).eval()
     merged.projector.load_state_dict(load_file(bases / "out" / "projector.safetensors"))
     speech = merged.encode_speech([torch.sin(torch.arange(4000) / 9.0)])[0]
-    assert_close(merged.llm.hidden(merged.splice(ids, speech)[None])[0], expected)
+    assert_close(merged.llm.hidden(merged.splice(ids, speech, 2)[None])[0], expected)
 
 
 def test_what_is_there_is_not_written_over(bases, monkeypatch, capsys):

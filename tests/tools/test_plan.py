@@ -214,7 +214,7 @@ def test_translating_takes_the_memory_that_is_planned(built, monkeypatch, window
     merge_lora(model.eval())
     ids = batch.ids[0, : plan.TEXT - plan.ANSWER]
     with torch.no_grad(), Live(model) as live:
-        prompts = [model.splice(ids, heard) for heard in model.encode_speech(batch.audio)]
+        prompts = [model.splice(ids, speech, 1) for speech in model.encode_speech(batch.audio)]
         # Without its inference mode, in which no tensor could be watched.
         beam_search.__wrapped__(model.llm, prompts, [-1], SearchOptions(beams, 1.0, plan.ANSWER))
     W, L = model.speech_encoder.config, model.llm.config
