@@ -44,7 +44,7 @@ from whisper_encoder import (
     n_states,
 )
 
-LANGUAGES = {  # codes of Common Voice -> names in the prompt
+LANGUAGES = {  # codes of Common Voice -> names in the prompt; English is the first
     "en": "English", "fr": "French", "es": "Spanish", "zh-CN": "Chinese", "de": "German",
     "ja": "Japanese", "ca": "Catalan", "it": "Italian", "ru": "Russian", "pt": "Portuguese",
     "fa": "Persian", "et": "Estonian", "mn": "Mongolian", "nl": "Dutch", "tr": "Turkish",
@@ -67,7 +67,7 @@ def check_language(code: str) -> str:
 # CoVoST-2 translates all other languages into English, and English into these.
 FROM_ENGLISH = "de tr fa sv-SE mn zh-CN cy ca sl et id ar ta lv ja".split()
 GROUPS = {
-    "all": ",".join([*LANGUAGES, *(f"en-{code}" for code in FROM_ENGLISH)]).removeprefix("en,"),
+    "all": ",".join([*list(LANGUAGES)[1:], *(f"en-{code}" for code in FROM_ENGLISH)]),
     "paper": "fr,es,de,it,zh-CN,ja,en-ja,en-de,en-zh-CN",
 }
 
@@ -166,9 +166,10 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def path_inside(name: str, clips: Path, files: set[str], place: str) -> str:
-    """The path of a clip in the folder of clips. A path that leads out of it is an error.
+    """The path of a clip inside the folder of clips. A path that leads out of it is an error.
 
-    What is in `files` (from list_files) is inside. To follow the links of each clip would be slow.
+    `files` is the set of list_files(clips). Only other names are checked, because following the
+    links of every clip is slow.
     """
     if name in files:
         return name
@@ -183,7 +184,7 @@ def path_inside(name: str, clips: Path, files: set[str], place: str) -> str:
 
 
 def list_files(folder) -> Iterator[str]:
-    """Paths of all files below a folder, from that folder on. Links are left out."""
+    """Yield the path inside the folder of each file in it and its subfolders. Links are left out."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_file(follow_symlinks=False):
@@ -235,7 +236,7 @@ def read_corpus(
             reason = f"{path}: {seconds:.1f} s long; the encoder takes {MAX_SECONDS} s"
         if reason:
             unusable.append((split, reason))
-        if not reason or split == "test":  # without it the score could not be compared with others
+        if not reason or split == "test":  # a score of fewer clips could not be compared
             texts = "" if is_blank(cells["sentence"]) else cells["sentence"], cells["translation"]
             splits[split].append(Row(path, *texts, source, target, seconds))
     return splits, unusable
@@ -246,7 +247,7 @@ def clip_seconds(path: Path, is_listed: bool, cell: str, place: str) -> tuple[fl
     if not re.fullmatch(r"(\d+\.?\d*(e-\d+)?)?", cell):
         raise ValueError(f"{place}: seconds is {cell!r}; write a number such as 2.5, or nothing")
     try:
-        seconds = is_listed and float(cell or 0) or audio_seconds(path)
+        seconds = float(cell) if cell and is_listed else audio_seconds(path)
     except AudioError as error:
         return 0.0, str(error)
     return seconds, "" if seconds else f"{path}: the clip has no samples"
