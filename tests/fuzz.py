@@ -59,6 +59,7 @@ PROGRAMS = {
     for name in ("translate", "train", "tools.prepare", "tools.convert", "tools.plan",
                  "tools.evaluate")
 }  # fmt: skip
+torch.set_num_threads(1)  # a forked child does not have the threads of the parent, and waits
 SECONDS, ADDRESSES, RESIDENT = 20, 4 << 30, 1500 << 20  # limits of a case; bytes
 
 

@@ -17,13 +17,13 @@ import sys
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository, whatever the folder is
@@ -32,7 +32,15 @@ from data import TEMPLATES, parse_directions
 from llama import Llama, LlamaConfig
 from llast import LLaST, LLaSTConfig, check_bases
 from lora import LoRALinear, lora_layers, merge_lora
-from whisper_encoder import WINDOWS, WhisperEncoder, read_json, read_tensors, weight_files
+from whisper_encoder import (
+    WINDOWS,
+    WhisperConfig,
+    WhisperEncoder,
+    check_fields,
+    read_json,
+    read_tensors,
+    weight_files,
+)
 
 # -------------------------------------------------------------------------------- reading pickles
 
@@ -152,19 +160,24 @@ def copy_other_files(source: Path, out: Path):
 
 def convert(source: Path, out: Path, model: type[WhisperEncoder] | type[Llama]):
     """Write the weights of `source` as a Hugging Face folder, and load that once as a check."""
+    config_class, read = {
+        WhisperEncoder: (WhisperConfig, read_openai),
+        Llama: (LlamaConfig, read_meta),
+    }[model]
     with new_folder(out) as partial:
         if (source / "config.json").is_file():
             config, tensors = read_json(source / "config.json"), read_bin_folder(source)
         else:
-            config, tensors = (read_openai if model is WhisperEncoder else read_meta)(source)
+            config, tensors = read(source)
         if source.is_dir():
             copy_other_files(source, partial)
         tokenizer = source.parent / "tokenizer.model"  # where Meta's downloads have it
         if model is Llama and tokenizer.is_file() and not (partial / tokenizer.name).exists():
             shutil.copy(tokenizer, partial)
         write_json(config, partial / "config.json")
-        save_weights(tensors, partial)
         try:
+            config_class.from_json(partial / "config.json")
+            save_weights(tensors, partial)
             model.from_pretrained(partial, torch.bfloat16)  # half the memory of float32
         except ValueError as error:
             raise ValueError(str(error).replace(str(partial), str(source))) from error
@@ -175,10 +188,16 @@ def read_bin_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
     index = folder / "pytorch_model.bin.index.json"
     names = ["pytorch_model.bin"]
     if index.is_file():
-        names = sorted(set(read_json(index)["weight_map"].values()))
+        file_of = read_json(index).get("weight_map")
+        if not isinstance(file_of, dict) or not all(isinstance(n, str) for n in file_of.values()):
+            raise ValueError(f"{index}: weight_map must map names of tensors to names of files")
+        names = sorted(set(file_of.values()))
     absent = [name for name in names if not (folder / Path(name).name).is_file()]
     if absent:
-        raise FileNotFoundError(f"{folder} has config.json, but not {absent}")
+        raise FileNotFoundError(
+            f"{folder} has config.json, but not {absent}. A folder with safetensors needs no "
+            f"conversion"
+        )
     files = [folder / Path(name).name for name in names]
     return chain.from_iterable(check_tensors(read_pickle(file), file).items() for file in files)
 
@@ -203,6 +222,22 @@ OPENAI_NAMES = (  # parts of OpenAI's names -> the same parts of Hugging Face's 
 )
 
 
+@dataclass(frozen=True)
+class OpenAISizes:
+    """The sizes in one of OpenAI's Whisper files, with OpenAI's names."""
+
+    n_mels: int
+    n_audio_ctx: int
+    n_audio_state: int
+    n_audio_head: int
+    n_audio_layer: int
+    n_vocab: int
+    n_text_ctx: int
+    n_text_head: int
+    n_text_layer: int
+    n_text_state: int
+
+
 def read_openai(file: Path) -> tuple[dict, Iterator[tuple[str, Tensor]]]:
     """config.json, and (name, tensor) pairs, of one of OpenAI's Whisper files such as tiny.pt."""
     if not file.is_file():
@@ -221,22 +256,27 @@ def read_openai(file: Path) -> tuple[dict, Iterator[tuple[str, Tensor]]]:
     if not isinstance(dims, dict) or not isinstance(weights, dict):
         raise ValueError(f"{file}: dims and model_state_dict must be dictionaries")
     check_tensors(weights, file)
-    end = 50257 if dims["n_vocab"] >= 51865 else 50256  # <|endoftext|>; English-only has one less
+    sizes = check_fields(OpenAISizes, dims, file)
+    end = 50257 if sizes.n_vocab >= 51865 else 50256  # <|endoftext|>; English-only has one less
     config = {
         "model_type": "whisper",
         "architectures": ["WhisperForConditionalGeneration"],
-        "num_mel_bins": dims["n_mels"],
-        "d_model": dims["n_audio_state"],
-        "vocab_size": dims["n_vocab"],
-        "max_source_positions": dims["n_audio_ctx"],
-        "max_target_positions": dims["n_text_ctx"],
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end),
+        "num_mel_bins": sizes.n_mels,
+        "d_model": sizes.n_audio_state,
+        "encoder_layers": sizes.n_audio_layer,
+        "encoder_attention_heads": sizes.n_audio_head,
+        "encoder_ffn_dim": 4 * sizes.n_audio_state,
+        "decoder_layers": sizes.n_text_layer,
+        "decoder_attention_heads": sizes.n_text_head,
+        "decoder_ffn_dim": 4 * sizes.n_text_state,
+        "vocab_size": sizes.n_vocab,
+        "max_source_positions": sizes.n_audio_ctx,
+        "max_target_positions": sizes.n_text_ctx,
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "pad_token_id": end,
         "decoder_start_token_id": end + 1,
     }
-    for part, size in (("encoder", "audio"), ("decoder", "text")):
-        config[f"{part}_layers"] = dims[f"n_{size}_layer"]
-        config[f"{part}_attention_heads"] = dims[f"n_{size}_head"]
-        config[f"{part}_ffn_dim"] = 4 * dims[f"n_{size}_state"]
 
     def rename(name: str) -> str:
         for theirs, ours in OPENAI_NAMES:
@@ -262,49 +302,81 @@ META_NAMES = {  # Meta's name: Hugging Face's name, and the dimension that Meta'
 }
 
 
+@dataclass(frozen=True)
+class MetaParams:
+    """The part of Meta's params.json that shapes the computation."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    multiple_of: int
+    ffn_dim_multiplier: float
+    norm_eps: float
+    rope_theta: float
+
+
 def read_meta(folder: Path) -> tuple[dict, Iterator[tuple[str, Tensor]]]:
     """config.json, and (name, tensor) pairs, of a folder of Meta's own Llama files."""
-    if not (folder / "params.json").is_file():
+    params, parts = read_params(folder / "params.json"), read_parts(folder)
+    ffn_width = int(params.ffn_dim_multiplier * int(8 * params.dim / 3))
+    config = LlamaConfig(
+        hidden_size=params.dim,
+        intermediate_size=-(-ffn_width // params.multiple_of) * params.multiple_of,  # rounded up
+        num_hidden_layers=params.n_layers,
+        num_attention_heads=params.n_heads,
+        num_key_value_heads=params.n_kv_heads,
+        head_dim=params.dim // params.n_heads,
+        vocab_size=len(parts[0]["tok_embeddings.weight"]),  # params.json says -1
+        rms_norm_eps=params.norm_eps,
+        rope_theta=params.rope_theta,
+        tie_word_embeddings=False,
+    )
+    kind = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    names = [name for name in sorted(parts[0]) if name != "rope.freqs"]  # follow from rope_theta
+    return kind | asdict(config), (join_parts(name, parts, config.head_dim) for name in names)
+
+
+def read_params(file: Path) -> MetaParams:
+    if not file.is_file():
         raise FileNotFoundError(
-            f"{folder} is not a Llama: it has neither params.json nor config.json"
+            f"{file.parent} is not a Llama: it has neither params.json nor config.json"
         )
-    params = read_json(folder / "params.json")
+    params = read_json(file)
     if params.get("use_scaled_rope"):
-        raise ValueError(f"{folder}/params.json asks for use_scaled_rope, which is not built here")
+        raise ValueError(f"{file} asks for use_scaled_rope, which is not built here")
+    # Values that the oldest files leave out or set to null.
+    old = {"n_kv_heads": params.get("n_heads"), "ffn_dim_multiplier": 1.0, "rope_theta": 10_000.0}
+    params = {name: value for name, value in params.items() if value is not None}
+    return check_fields(MetaParams, old | params, file)
+
+
+def read_parts(folder: Path) -> list[dict[str, Tensor]]:
+    """Meta's files: each has a part of every tensor, and all parts have the same shape."""
     files = sorted(folder.glob("consolidated.*.pth"))
     names = [file.name for file in files]
     if not names or names != [f"consolidated.{i:02}.pth" for i in range(len(names))]:
-        raise FileNotFoundError(f"{folder} needs consolidated.00.pth and on, found {names}")
+        raise FileNotFoundError(
+            f"{folder} must have consolidated.00.pth, consolidated.01.pth and so on, found {names}"
+        )
     parts = [check_tensors(read_pickle(file), file) for file in files]
-    uneven = [
+    faults = [
         name
         for name in sorted(set().union(*parts))
         if len({part[name].shape if name in part else None for part in parts}) > 1
     ]
     embeddings = parts[0].get("tok_embeddings.weight")
-    if uneven or embeddings is None or embeddings.dim() != 2:
-        fault = uneven[:8] or "no matrix tok_embeddings.weight"
-        raise ValueError(f"the files {names} in {folder} do not belong together: {fault}")
-    H, Hk = params["n_heads"], params.get("n_kv_heads") or params["n_heads"]
-    wide = int((params.get("ffn_dim_multiplier") or 1) * int(8 * params["dim"] / 3))
-    config = LlamaConfig(
-        hidden_size=params["dim"],
-        intermediate_size=-(-wide // params["multiple_of"]) * params["multiple_of"],
-        num_hidden_layers=params["n_layers"],
-        num_attention_heads=H,
-        num_key_value_heads=Hk,
-        head_dim=params["dim"] // H,
-        vocab_size=len(embeddings),  # params.json says -1
-        rms_norm_eps=params["norm_eps"],
-        rope_theta=params.get("rope_theta", 10_000.0),
-        tie_word_embeddings=False,
-    )
-    kind = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    names = [name for name in sorted(parts[0]) if name != "rope.freqs"]  # follow from rope_theta
-    return kind | asdict(config), (join_meta(name, parts, config.head_dim) for name in names)
+    if embeddings is None or embeddings.dim() != 2:
+        faults.append("no matrix tok_embeddings.weight")
+    if faults:
+        raise ValueError(
+            f"the files {names} in {folder} do not belong together, download them again: "
+            f"{', '.join(faults[:8])}"
+        )
+    return parts
 
 
-def join_meta(name: str, parts: list[dict[str, Tensor]], Dh: int) -> tuple[str, Tensor]:
+def join_parts(name: str, parts: list[dict[str, Tensor]], Dh: int) -> tuple[str, Tensor]:
     """One tensor, joined from its part in every file, and its name in a Hugging Face folder."""
     layer, last = re.fullmatch(r"(layers\.\d+\.)?(.*?)(?:\.weight)?", name, re.DOTALL).groups()
     ours, dim = META_NAMES.get(last, ("", None))
@@ -322,14 +394,14 @@ def join_meta(name: str, parts: list[dict[str, Tensor]], Dh: int) -> tuple[str, 
 # ------------------------------------------------------------------------------------------- export
 
 PEFT_PREFIX = "base_model.model."
-NOT_BUILT = {  # switches of adapter_config.json that change the computation, with their off state
+NOT_BUILT = {  # options of adapter_config.json that lora.py does not have, and "off" for each
     "peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False,
     "fan_in_fan_out": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
 }  # fmt: skip
 
 
 def save_peft(module: nn.Module, folder, prefix: str = ""):
-    """Write a module's LoRA as an adapter folder for peft; `prefix` is the module's place there."""
+    """Write the LoRA of a module as an adapter folder. `prefix` is the module's name in peft."""
     folder = Path(folder)
     tensors, layers = {}, lora_layers(module)
     if not layers:
@@ -353,19 +425,22 @@ def save_peft(module: nn.Module, folder, prefix: str = ""):
     write_json(config, folder / "adapter_config.json")
 
 
-LORAS = {  # folder of a LoRA: its module here, and that module's place in the base
+LORAS = {  # folder of a LoRA: its module in LLaST, and the prefix of names in the base model
     "encoder-lora": ("speech_encoder", "encoder."),
     "llm-lora": ("llm", ""),
 }
 
 
 def export(model: LLaST, out: Path):
-    """Write what others can load: both LoRAs for peft, the projector, merged bases, and use.json.
+    """Write a folder that other programs can load. Afterwards the LoRAs of `model` are merged.
 
-    out/whisper and out/llama are Hugging Face folders; out/encoder-lora belongs on transformers'
-    WhisperModel, out/llm-lora on its LlamaForCausalLM. The model is merged afterwards.
+    whisper, llama          base models with merged LoRA, for transformers
+    encoder-lora, llm-lora  LoRAs for peft, on WhisperModel and LlamaForCausalLM of transformers
+    projector.safetensors, use.json
     """
-    settings = {name: getattr(model.config, name) for name in ("template", "window", "directions")}
+    settings = {
+        name: getattr(model.config, name) for name in ("template", "window", "directions", "tasks")
+    }
     settings["fingerprints"] = model.fingerprints
     with new_folder(out) as partial:
         write_json(settings, partial / "use.json")
@@ -385,11 +460,11 @@ def export(model: LLaST, out: Path):
             copy_other_files(Path(base), partial / name)
             save_weights(merge_into(Path(base), merged), partial / name)
         if merged:
-            raise ValueError(f"the bases lack merged weights: {sorted(merged)[:8]}")
+            raise ValueError(f"the base models do not have {sorted(merged)[:8]}, which were merged")
 
 
 def merge_into(base: Path, merged: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) pairs of a base. Merged weights replace their namesakes and leave `merged`."""
+    """(name, tensor) pairs of a base model. Weights in `merged` replace its own and are removed."""
     for name, tensor in chain.from_iterable(map(read_tensors, weight_files(base))):
         ours = name if name in merged else name.removeprefix("model.")  # some Whisper files have it
         yield name, merged.pop(ours, tensor).to(tensor.dtype)  # keep the precision of the file
@@ -398,31 +473,44 @@ def merge_into(base: Path, merged: dict[str, Tensor]) -> Iterator[tuple[str, Ten
 # ------------------------------------------------------------------------------------------- import
 
 
+@dataclass(frozen=True)
+class PeftSettings:
+    """The part of adapter_config.json that this code can have in every value."""
+
+    r: int  # R
+    lora_alpha: float
+
+
+def rank_of(tensors: dict[str, Tensor]) -> int:
+    """R of a LoRA: the number of rows of its matrices A. Without tensors it is 0."""
+    As = [tensor for name, tensor in tensors.items() if name.endswith("lora_A")]
+    return max((A.shape[0] for A in As if A.dim()), default=0)
+
+
 def read_peft(folder, prefix: str = "") -> tuple[float, dict[str, Tensor]]:
-    """Alpha, and A and B of every layer (named as here), of an adapter folder of peft."""
+    """Read an adapter folder of peft. -> alpha; A and B of every layer, named as in lora.py"""
     folder = Path(folder)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is no LoRA of peft: it has no {name}")
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        stored = load_file(folder / "adapter_model.safetensors")
-    except (ValueError, SafetensorError) as error:
-        raise ValueError(f"the LoRA in {folder} cannot be read, is it whole? {error}") from error
-    asked = {k: config[k] for k, off in NOT_BUILT.items() if (config.get(k) or off) != off}
-    if asked:
-        raise ValueError(f"{folder}/adapter_config.json asks for {asked}, which is not built here")
+            raise FileNotFoundError(f"{folder} is not a LoRA of peft: it has no {name}")
+    config = read_json(folder / "adapter_config.json")
+    settings = check_fields(PeftSettings, config, folder / "adapter_config.json")
+    others = {k: config[k] for k, off in NOT_BUILT.items() if (config.get(k) or off) != off}
+    if others:
+        raise ValueError(f"{folder}/adapter_config.json asks for {others}, which is not built here")
     tensors = {}
-    for name, tensor in stored.items():
+    for name, tensor in read_tensors(folder / "adapter_model.safetensors"):
         if not name.startswith(PEFT_PREFIX + prefix):
             raise ValueError(f"{folder}: {name} does not begin with {PEFT_PREFIX + prefix}")
         name = name.removeprefix(PEFT_PREFIX + prefix).removesuffix(".weight")
         tensors[name.removesuffix(".default")] = tensor  # a raw state dict names its adapter
-    return config["lora_alpha"], tensors
+    if (rank := rank_of(tensors)) != settings.r:
+        raise ValueError(f"{folder}: adapter_config.json has r = {settings.r}, the tensors {rank}")
+    return settings.lora_alpha, tensors
 
 
 def read_exported(folder: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """From a folder as `export` writes it: the trained tensors, and alpha of each LoRA."""
+    """Read a folder of `export`. -> the trained tensors; alpha of the LoRA in each module"""
     projector = read_tensors(folder / "projector.safetensors")
     tensors, alphas = {f"projector.{name}": tensor for name, tensor in projector}, {}
     for name, (module, place) in LORAS.items():
@@ -432,15 +520,39 @@ def read_exported(folder: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
     return tensors, alphas
 
 
+def read_use(file: Path) -> dict:
+    """The settings in the use.json of an exported folder, each of them checked."""
+    use = read_json(file)
+    fingerprints = use.get("fingerprints")
+    is_valid = {
+        "template": use.get("template") in list(TEMPLATES),
+        "window": use.get("window") in WINDOWS,
+        "directions": is_list_of_texts(use.get("directions")),
+        "tasks": use.get("tasks") in (["st"], ["st", "asr"]),
+        "fingerprints": isinstance(fingerprints, dict)
+        and is_list_of_texts([fingerprints.get("encoder"), fingerprints.get("llm")]),
+    }
+    for name, valid in is_valid.items():
+        if not valid:
+            raise ValueError(
+                f"{file} has no valid {name}, found {use.get(name)!r:.40}; export the model again"
+            )
+    return {name: use[name] for name in is_valid}
+
+
+def is_list_of_texts(value) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
 def read_original(path: Path) -> dict[str, Tensor]:
     """The trained tensors of a checkpoint of the original (a file, or DeepSpeed's folder).
 
-    LoRA on Whisper's decoder is left out by name: it has never been part of the computation.
+    A LoRA on Whisper's decoder is left out by name: the original never computes with it.
     """
     if path.is_dir():
         path = path / "mp_rank_00_model_states.pt"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there; name a checkpoint, or a folder from export")
+        raise FileNotFoundError(f"{path} does not exist; name a checkpoint, or an exported folder")
     if path.suffix == ".safetensors":
         stored = dict(read_tensors(path))
     else:
@@ -459,27 +571,35 @@ def read_original(path: Path) -> dict[str, Tensor]:
 
 
 def import_trained(args: argparse.Namespace) -> LLaST:
-    """A LLaST from what was trained elsewhere, every tensor of it in its place."""
+    """A LLaST with the tensors that were trained elsewhere, each in its place."""
     if (args.source / "projector.safetensors").is_file():
         tensors, alphas = read_exported(args.source)
-        how = read_json(args.source / "use.json")
+        use = read_use(args.source / "use.json")
     else:
         tensors, alphas = read_original(args.source), {}
-        how = {"template": "llama2", "window": "30s", "directions": ["paper"], "fingerprints": {}}
-    asked = {"template": args.template, "window": args.window}
-    how |= {name: value for name, value in asked.items() if value}
-    directions = parse_directions(args.lang or ",".join(how["directions"]))
-    how["directions"] = tuple("-".join(pair) for pair in directions)
-    shape = {}
-    for name, (module, _) in LORAS.items():
-        part = name.removesuffix("-lora")
-        As = [v for k, v in tensors.items() if k.startswith(module) and k.endswith("lora_A")]
-        rank = shape[f"{part}_rank"] = len(As[0]) if As else 0
-        # The original's files do not hold alpha; in its configurations it is half of the rank.
-        shape[f"{part}_alpha"] = alphas.get(module, rank / 2)
-    fingerprints = how.pop("fingerprints")
-    config = LLaSTConfig(str(args.encoder), str(args.llm), dropout=0.0, **how, **shape)
-    check_bases(config, fingerprints, args.source)  # merged ones would have their LoRA twice
+        use = {"template": "llama2", "window": "30s", "directions": ["paper"],
+               "tasks": ["st", "asr"], "fingerprints": {}}  # fmt: skip
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{args.source}: {name} has numbers that are NaN or infinite")
+    lora = {}
+    for part, module in (("encoder", "speech_encoder"), ("llm", "llm")):
+        rank = rank_of({name: v for name, v in tensors.items() if name.startswith(f"{module}.")})
+        # The original does not store alpha; in its configurations it is half of the rank.
+        lora |= {f"{part}_rank": rank, f"{part}_alpha": float(alphas.get(module, rank / 2))}
+    directions = parse_directions(args.lang or ",".join(use["directions"]))
+    config = LLaSTConfig(
+        encoder=str(args.encoder),
+        llm=str(args.llm),
+        template=args.template or use["template"],
+        window=args.window or use["window"],
+        dropout=0.0,
+        directions=tuple("-".join(pair) for pair in directions),
+        tasks=tuple(use["tasks"]),
+        **lora,
+    )
+    # On merged base models the LoRA would be added a second time, so their fingerprints differ.
+    check_bases(config, use["fingerprints"], args.source)
     model = LLaST.fresh(config)
     model.fill_trained(tensors, args.source)
     return model

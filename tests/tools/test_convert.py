@@ -38,7 +38,7 @@ def trained_model(bases: Path, **changes) -> LLaST:
         encoder_rank=2, encoder_alpha=3.0, llm_rank=4, llm_alpha=2.0, dropout=0.0,
         directions=("fr-en", "en-zh-CN"),
     )  # fmt: skip
-    model = LLaST.fresh(config)
+    model = LLaST.fresh(replace(config, **changes))
     chance = torch.Generator().manual_seed(0)
     for tensor in model.trained().values():
         tensor.normal_(std=0.2, generator=chance)
@@ -183,7 +183,7 @@ def test_reordered_rows_of_meta_score_as_with_metas_own_rotation():
     """Meta rotates neighbours together. The reordered rows, rotated by llama.py, score the same."""
     Dh, T = 8, 5
     weight, x = toys.made_up("q", (Dh, 12)), toys.made_up("x", (T, 12), 1.0)
-    name, reordered = convert.join_meta(
+    name, reordered = convert.join_parts(
         "layers.0.attention.wq.weight", [{"layers.0.attention.wq.weight": weight}], Dh
     )
     assert name == "model.layers.0.self_attn.q_proj.weight"
@@ -268,7 +268,7 @@ def test_one_file_of_two_with_a_faulty_tensor_is_refused(tmp_path, fault):
             toys.FAULTS[fault](stored, name)
             torch.save(stored, source / f"consolidated.0{part}.pth")
             message = refusal(source)
-            assert "do not belong together" in message and name in message
+            assert name in message and ("do not belong together" in message)
 
 
 @pytest.mark.parametrize("format", ("bin, 2", "meta, 2"))
@@ -307,7 +307,10 @@ def as_source(value, file: Path) -> Path:
     torch.save(value, file)
     if file.suffix == ".pt":
         return file
-    (file.parent / ("config.json" if file.suffix == ".bin" else "params.json")).write_text("{}")
+    params = dict(dim=36, n_layers=1, n_heads=6, multiple_of=8, norm_eps=1e-5)
+    (file.parent / "params.json").write_text(json.dumps(params))
+    if file.suffix == ".bin":
+        (file.parent / "config.json").write_text(json.dumps(toys.LLAMA))
     return file.parent
 
 
@@ -386,6 +389,49 @@ def test_metas_scaled_rotation_is_refused(tmp_path):
     source = as_source({}, tmp_path / "source" / "consolidated.00.pth")
     (source / "params.json").write_text(json.dumps({"use_scaled_rope": True}))
     assert "asks for use_scaled_rope, which is not built here" in refusal(source)
+
+
+ODD_VALUES = (None, "x", -1, 0, 10**9, 10**30, 0.5, float("nan"), [], {}, [1], True)
+
+
+def test_a_wrong_value_in_params_json_is_named(tmp_path):
+    weights, config = read(toys.llama_folder(tmp_path / "original", **LLAMA_SIZES["GQA"]))
+    source = write_source(tmp_path / "source", "meta, 1", weights, config)
+    params = json.loads((source / "params.json").read_text())
+    for name in ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps"):
+        for value in ODD_VALUES:
+            if (name, value) not in (("norm_eps", 0.5), ("norm_eps", 10**9)):
+                (source / "params.json").write_text(json.dumps(params | {name: value}))
+                assert f"{source}/params.json has no valid {name}" in refusal(source)
+
+
+def test_heads_of_meta_that_do_not_divide_the_width_are_refused(tmp_path):
+    weights, config = read(toys.llama_folder(tmp_path / "original", **LLAMA_SIZES["GQA"]))
+    source = write_source(tmp_path / "source", "meta, 1", weights, config)
+    params = json.loads((source / "params.json").read_text())
+    for n_heads in (5, 12, 36, 100):  # 12 and 36 make an odd width of a head, 100 none
+        (source / "params.json").write_text(json.dumps(params | {"n_heads": n_heads}))
+        assert str(source) in refusal(source)
+
+
+def test_a_wrong_size_in_openais_file_is_named(tmp_path):
+    weights, config = read(toys.whisper_folder(tmp_path / "original", **SMALL))
+    source = write_source(tmp_path / "source", "openai", weights, config, WhisperEncoder)
+    stored = torch.load(source, weights_only=True)
+    for name in stored["dims"]:
+        for value in ODD_VALUES:
+            torch.save(stored | {"dims": stored["dims"] | {name: value}}, source)
+            assert f"small.pt has no valid {name}" in refusal(source, WhisperEncoder)
+    torch.save(stored | {"dims": 3}, source)
+    assert "dims and model_state_dict must be dictionaries" in refusal(source, WhisperEncoder)
+
+
+@pytest.mark.parametrize("index", ({}, {"weight_map": 5}, {"weight_map": {"a": 5}}))
+def test_an_index_without_a_map_of_files_is_refused(tmp_path, index):
+    weights, config = read(toys.llama_folder(tmp_path / "original", **ONE_LAYER))
+    source = write_source(tmp_path / "source", "bin, 2", weights, config)
+    (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert "weight_map must map names of tensors to names of files" in refusal(source)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc on this system")
@@ -509,6 +555,24 @@ def test_exported_and_imported_again_nothing_has_changed(bases, monkeypatch, cap
         assert torch.equal(back.trained()[name], tensor), name
 
 
+def test_the_tasks_of_a_model_are_exported_and_imported(bases, monkeypatch):
+    export(trained_model(bases, tasks=("st",)), bases / "out")
+    words = ["import", bases / "out", "--encoder", bases / "whisper", "--llm", bases / "llama"]
+    assert command(monkeypatch, *words, "--out", bases / "back") == 0
+    assert LLaST.from_pretrained(bases / "back").config.tasks == ("st",)
+
+
+def test_an_export_keeps_the_tokenizer_and_its_template(bases):
+    files = ("chat_template.jinja", "tokenizer_config.json", "generation_config.json", "vocab.txt")
+    for name in files:
+        (bases / "llama" / name).write_text(f'{{"name": "{name}"}}')
+    export(trained_model(bases), bases / "out")
+    for name in files:
+        assert name in (bases / "out" / "llama" / name).read_text()
+    weights = [file.name for file in (bases / "out" / "llama").glob("*.safetensors*")]
+    assert weights == ["model.safetensors"]  # and no index of the base model's shards
+
+
 @pytest.mark.parametrize("merged", ["whisper", "llama"])
 def test_an_import_onto_merged_bases_is_refused(bases, monkeypatch, capsys, merged):
     export(trained_model(bases), bases / "out")
@@ -565,8 +629,9 @@ def test_a_damaged_file_of_an_export_is_refused(bases, monkeypatch, capsys, name
     (bases / "out" / f"{name}{ending}").write_bytes(b"{")
     words = ["import", bases / "out", "--encoder", bases / "whisper", "--llm", bases / "llama"]
     assert command(monkeypatch, *words, "--out", bases / "back") == 2
-    told = capsys.readouterr().err
-    assert told.startswith("convert.py: ") and "cannot be read" in told
+    message = capsys.readouterr().err
+    assert message.startswith("convert.py: ")
+    assert "cannot be read" in message or "is not JSON" in message
 
 
 @pytest.mark.parametrize(
@@ -578,6 +643,48 @@ def test_an_adapter_of_another_kind_is_refused_by_name(bases, change):
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(ValueError, match=f"asks for .*{next(iter(change))}.*not built here"):
         read_peft(bases / "out" / "llm-lora")
+
+
+def test_a_wrong_value_in_a_json_file_of_an_export_is_named(bases, monkeypatch, capsys):
+    export(trained_model(bases), bases / "out")
+    words = ["import", bases / "out", "--encoder", bases / "whisper", "--llm", bases / "llama"]
+    for file, names in (("llm-lora/adapter_config.json", ("r", "lora_alpha")),
+                        ("use.json", ("template", "window", "directions", "tasks",
+                                      "fingerprints"))):  # fmt: skip
+        valid = (bases / "out" / file).read_text()
+        for name in names:
+            for value in (*ODD_VALUES[:8], {}, [1], True):
+                if (name, value) not in (("lora_alpha", 10**9), ("lora_alpha", 0.5)):
+                    changed = json.dumps(json.loads(valid) | {name: value})
+                    (bases / "out" / file).write_text(changed)
+                    assert command(monkeypatch, *words, "--out", bases / "back") == 2
+                    assert f"{file} has no valid {name}" in capsys.readouterr().err
+        (bases / "out" / file).write_text(valid)
+    (bases / "out" / "llm-lora" / "adapter_config.json").write_text("[" * 100_000)
+    assert command(monkeypatch, *words, "--out", bases / "back") == 2
+    assert "adapter_config.json is not JSON" in capsys.readouterr().err
+
+
+def test_an_adapter_of_another_rank_than_its_configuration_is_refused(bases):
+    export(trained_model(bases), bases / "out")
+    file = bases / "out" / "llm-lora" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 8}))
+    with pytest.raises(ValueError, match="adapter_config.json has r = 8, the tensors 4"):
+        read_peft(bases / "out" / "llm-lora")
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+@pytest.mark.parametrize("name", ("projector", "llm-lora/adapter_model"))
+def test_nan_in_a_trained_tensor_is_refused_by_name(bases, monkeypatch, capsys, name, value):
+    export(trained_model(bases), bases / "out")
+    tensors = load_file(bases / "out" / f"{name}.safetensors")
+    first = next(iter(tensors))
+    tensors[first].view(-1)[0] = value
+    save_file(tensors, bases / "out" / f"{name}.safetensors")
+    words = ["import", bases / "out", "--encoder", bases / "whisper", "--llm", bases / "llama"]
+    assert command(monkeypatch, *words, "--out", bases / "back") == 2
+    assert "has numbers that are NaN or infinite" in capsys.readouterr().err
+    assert not (bases / "back").exists()
 
 
 def test_an_adapter_of_another_model_is_refused(bases):
@@ -612,9 +719,10 @@ def test_a_checkpoint_of_the_original_lands_completely(bases, monkeypatch, nesti
     imported = LLaST.from_pretrained(bases / "imported")
     for name, tensor in model.trained().items():
         assert torch.equal(imported.trained()[name], tensor), name
-    about = imported.config
-    assert (about.encoder_rank, about.llm_rank, about.window) == (2, 4, "30s")
-    assert (about.encoder_alpha, about.llm_alpha) == (1.0, 2.0)  # half of the rank
+    config = imported.config
+    assert (config.encoder_rank, config.llm_rank, config.window) == (2, 4, "30s")
+    assert (config.encoder_alpha, config.llm_alpha) == (1.0, 2.0)  # half of the rank
+    assert config.tasks == ("st", "asr")
 
 
 def test_any_tensor_missing_extra_or_of_another_shape_is_refused(bases, monkeypatch, capsys):
@@ -641,4 +749,4 @@ def test_a_checkpoint_for_another_llm_is_refused(bases, monkeypatch, capsys):
     assert command(monkeypatch, *import_words(bases, bases / "nothing.safetensors")) == 2
     assert "missing: projector." in capsys.readouterr().err
     assert command(monkeypatch, *import_words(bases, bases / "nowhere.pth")) == 2
-    assert "is not there; name a checkpoint" in capsys.readouterr().err
+    assert "does not exist; name a checkpoint" in capsys.readouterr().err
