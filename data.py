@@ -184,7 +184,7 @@ def path_inside(name: str, clips: Path, files: set[str], place: str) -> str:
 
 
 def list_files(folder) -> Iterator[str]:
-    """Yield the path inside the folder of each file in it and its subfolders. Links are left out."""
+    """Yield the path inside `folder` of each file there and below. Links are left out."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_file(follow_symlinks=False):
