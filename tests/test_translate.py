@@ -1,6 +1,7 @@
 """translate.py: beam search, from clips to sentences, BLEU, the command line."""
 
 import csv
+import importlib
 import io
 import itertools
 import json
@@ -652,6 +653,16 @@ def test_a_name_that_is_not_utf8_stops_no_other_clip(command, quick, clips, tmp_
     assert r"\udce9t\udce9.wav" in (lines[0] if code == 0 else err)
     (tmp_path / "list.txt").write_bytes(b"\xe9t\xe9.wav\n")
     assert [str(path) for path in translate.audio_paths([tmp_path / "list.txt"])] == [odd]
+
+
+@pytest.mark.parametrize("name", ["train", "tools.prepare", "tools.convert", "tools.plan"])
+def test_every_command_escapes_what_stdout_cannot_encode(monkeypatch, name):
+    module = importlib.import_module(name)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    monkeypatch.setattr(sys, "argv", [name, "--no-such-option"])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert sys.stdout.errors == "backslashreplace"
 
 
 def test_output_that_is_not_utf8_is_escaped_and_its_json_is_valid(

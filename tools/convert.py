@@ -647,6 +647,7 @@ def run(args: argparse.Namespace):
 
 
 def main() -> int:
+    sys.stdout.reconfigure(errors="backslashreplace")  # escape what stdout cannot encode
     args = build_parser().parse_args()
     try:
         run(args)

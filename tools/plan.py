@@ -229,6 +229,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    sys.stdout.reconfigure(errors="backslashreplace")  # escape what stdout cannot encode
     args, others = build_parser().parse_known_args(argv)
     args = train_parser().parse_args(["--preset", args.preset, *others])
     try:

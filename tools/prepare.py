@@ -521,6 +521,7 @@ def run_prepare(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    sys.stdout.reconfigure(errors="backslashreplace")  # escape what stdout cannot encode
     args = build_parser().parse_args(argv)
     try:
         return run_prepare(args)
