@@ -299,8 +299,8 @@ def answer(model: LLaST, ids: Tensor, inputs: list, embed, search) -> list[list[
     """
     try:
         with explain_out_of_memory("with one clip", "fewer --beams or --max-new-tokens need less"):
-            # AUDIO_ID is the only negative id.
-            prompts = [model.splice(ids, speech, int(ids.argmin())) for speech in embed(inputs)]
+            at = int(ids.argmin())  # AUDIO_ID is the only negative id
+            prompts = [model.splice(ids, speech, at) for speech in embed(inputs)]
             answers = beam_search(model.llm, prompts, end_ids(model), search)
     except torch.OutOfMemoryError:
         if len(inputs) == 1:
@@ -353,8 +353,8 @@ def translate_in_order(
     over 30 s there is only one hypothesis: the best ones of its pieces, joined. After Ctrl-C the
     finished results are yielded first.
     """
-    if task not in getattr(model.config, "tasks", ("st", "asr")):
-        raise ValueError(f"the task is {task}, but the model was trained on {model.config.tasks}")
+    if task not in model.config.tasks:
+        raise ValueError(f"task {task}: the model was trained on {', '.join(model.config.tasks)}")
     ids = ids_of_prompt(model, task, source, target)
     space = "" if (source if task == "asr" else target) in TOKENIZERS else " "
     waiting = [Clip(clip) for clip in clips]  # those without a yielded result, in order
@@ -527,8 +527,7 @@ def check_options(args: argparse.Namespace):
     if not abs(args.length_penalty) <= 10:
         raise ValueError(f"--length-penalty is {args.length_penalty}; expected -10 to 10")
     if getattr(args, "n_best", 1) > args.beams:
-        problem = f"--n-best {args.n_best} needs at least as many beams"
-        raise ValueError(f"{problem}, but --beams is {args.beams}")
+        raise ValueError(f"--n-best {args.n_best} needs as many beams, but --beams is {args.beams}")
 
 
 def load_model(args: argparse.Namespace) -> tuple[LLaST, Path]:
