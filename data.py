@@ -159,10 +159,7 @@ def read_lines(path: Path) -> Iterator[str]:
             try:
                 yield text.decode("utf-8-sig" if line == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path}:{line}: expected UTF-8, found other bytes ({error.reason}); "
-                    "save the table as UTF-8"
-                ) from error
+                raise ValueError(f"{path}:{line}: not UTF-8; save the table as UTF-8") from error
 
 
 def path_inside(name: str, clips: Path, files: set[str], place: str) -> str:

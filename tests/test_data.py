@@ -175,8 +175,8 @@ def test_a_very_long_cell_is_read(tmp_path):
             b"path\tsentence\na\tb\tc\n",
             r"t\.tsv:2: expected 2 cells \['path', 'sentence'\], found 3",
         ),
-        (b"path\tsentence\na\tb\nc\t\xe9t\xe9\n", r"t\.tsv:3: expected UTF-8, found other"),
-        ("path\tsentence\n".encode("utf-16"), r"t\.tsv:1: expected UTF-8"),
+        (b"path\tsentence\na\tb\nc\t\xe9t\xe9\n", r"t\.tsv:3: not UTF-8; save the table"),
+        ("path\tsentence\n".encode("utf-16"), r"t\.tsv:1: not UTF-8"),
         (
             b'path\tsentence\na\tb\nc\t"Oui", dit-il\n',
             r"t\.tsv:3: .*; write one tab .* A cell that begins with a",
