@@ -363,11 +363,6 @@ class Batch:
         """n_positions of each row."""
         return [n_positions(len(a), n) for a, n in zip(self.audio, self.lengths.tolist())]
 
-    @property
-    def loss_rows(self) -> Tensor:
-        """The row of each loss that LLaST returns for this batch. -> (answer tokens,)"""
-        return (self.labels != IGNORE).nonzero()[:, 0]
-
 
 def examples_for(rows: list[Row], asr: float, seed: int, epoch: int) -> list[Example]:
     """Every row as an example to translate, and a random share `asr` of the clips to transcribe.

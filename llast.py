@@ -48,6 +48,7 @@ from whisper_encoder import (
 )
 
 FORMAT = 2  # number of the format of llast.json and llast.safetensors
+BASES = ("encoder", "llm")  # the base models, by their names in LLaSTConfig
 
 # Every linear layer of both base models except the head of the LLM, as find_all_linear_names of the
 # original does.
@@ -192,7 +193,7 @@ class LLaST(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """The loss of every answer token, its end token included, row by row. -> (answer tokens,)
 
-        batch.loss_rows has the row of each loss.
+        The row of each loss is (batch.labels != IGNORE).nonzero()[:, 0].
 
         Rows are padded on the right. So the speech and the words of a row have the same positions
         in every batch, and causal attention needs no mask: no token can see the padding behind it.
@@ -253,7 +254,7 @@ class LLaST(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = asdict(self.config)
-        for base in ("encoder", "llm"):  # relative, so that all folders can move together
+        for base in BASES:  # relative, so that all folders can move together
             config[base] = os.path.relpath(Path(config[base]).resolve(), folder.resolve())
         description = {
             "config": config,
@@ -292,11 +293,11 @@ def read_saved(folder: Path) -> tuple[LLaSTConfig, dict[str, str], dict[str, Ten
         if not file.is_file():
             raise FileNotFoundError(f"{folder} is not a saved LLaST: it has no {file.name}")
     description = read_json(text)
-    for name, keys in (("versions", {"llast"}), ("config", {"encoder", "llm"}),
-                       ("fingerprints", {"encoder", "llm"})):  # fmt: skip
+    needed = {"versions": ("llast",), "config": BASES, "fingerprints": BASES}
+    for name, keys in needed.items():
         part = description.get(name)
-        if not isinstance(part, dict) or not keys <= part.keys():
-            raise ValueError(f"{text}: {name} must have {sorted(keys)}, found {part!r:.60}")
+        if not isinstance(part, dict) or not part.keys() >= set(keys):
+            raise ValueError(f"{text}: {name} must have {keys}, found {part!r:.60}")
     if description["versions"]["llast"] != FORMAT:
         raise ValueError(
             f"{text} has format {description['versions']['llast']!r:.40}, but this program reads "
@@ -311,23 +312,21 @@ def read_saved(folder: Path) -> tuple[LLaSTConfig, dict[str, str], dict[str, Ten
             f"{folder}: {' and '.join(changed)} changed after the model was saved, or are of two "
             f"different models; copy both files again, or train again"
         )
-    values = dict(description["config"])
-    for name in ("directions", "tasks"):  # JSON has lists in place of tuples
-        if isinstance(values.get(name), list) and all(isinstance(v, str) for v in values[name]):
-            values[name] = tuple(values[name])
+    # JSON has no tuples: it has lists in their place.
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in description["config"].items()}
     config = check_fields(LLaSTConfig, values, text, lowest=0)
-    bases = {k: os.path.normpath(folder.resolve() / values[k]) for k in ("encoder", "llm")}
+    bases = {k: os.path.normpath(folder.resolve() / values[k]) for k in BASES}
     return replace(config, **bases), description["fingerprints"], tensors
 
 
 def digests_of(description: dict, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """SHA-256 of what llast.json says, and of the tensors: damage and changes are found."""
-    said = json.dumps([description["config"], description["fingerprints"]], sort_keys=True)
+    """SHA-256 of what llast.json describes, and of the tensors of llast.safetensors."""
+    text = json.dumps([description["config"], description["fingerprints"]], sort_keys=True)
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
-    described = hashlib.sha256(said.encode()).hexdigest()
+    described = hashlib.sha256(text.encode()).hexdigest()
     return {"llast.json": described, "llast.safetensors": digest.hexdigest()}
 
 
@@ -350,7 +349,7 @@ def check_bases(config: LLaSTConfig, fingerprints: dict[str, str], source):
 
 def fingerprints_of(config: LLaSTConfig) -> dict[str, str]:
     """The fingerprint of each base model."""
-    return {name: fingerprint(Path(getattr(config, name)), name) for name in ("encoder", "llm")}
+    return {name: fingerprint(Path(getattr(config, name)), name) for name in BASES}
 
 
 def fingerprint(base: Path, name: str) -> str:

@@ -425,9 +425,7 @@ class WhisperEncoder(nn.Module):
         return self.layer_norm(x)
 
     @classmethod
-    def from_pretrained(
-        cls, folder, dtype: torch.dtype = torch.float32, device="cpu"
-    ) -> "WhisperEncoder":
+    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu") -> "WhisperEncoder":
         """Read a Hugging Face folder of Whisper with safetensors.
 
         Every tensor of the encoder must be there with its shape. The decoder is left out.
@@ -479,10 +477,8 @@ def check_fields(cls, values: dict, path: Path, lowest: float = 1e-12):
         value, kind = values.get(field.name), get_origin(field.type) or field.type
         fits = type(value) in types[kind]
         if not fits or kind in highest and not lowest <= value <= highest[kind]:
-            raise ValueError(
-                f"{path} has no valid {field.name} ({kind.__name__}), found {value!r:.40}; is it "
-                f"the right file?"
-            )
+            wanted = f"{field.name} ({kind.__name__})"
+            raise ValueError(f"{path} has no valid {wanted}, found {value!r:.40}; is it complete?")
     return cls(**{field.name: values[field.name] for field in fields(cls)})
 
 
