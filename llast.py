@@ -135,14 +135,16 @@ class LLaST(nn.Module):
         self.config, self.tokenizer, self.fingerprints = config, tokenizer, fingerprints
         self.speech_encoder = speech_encoder.requires_grad_(False)
         self.llm = llm.requires_grad_(False)
+        # Before the LoRAs: they draw more random numbers for a higher rank, and runs with the same
+        # seed should start from the same projector.
+        Da, D = speech_encoder.config.d_model, llm.config.hidden_size
+        self.projector = Projector(Da, D).to(llm.lm_head.weight.device)
         for base, targets, rank, alpha in (
             (speech_encoder, ENCODER_TARGETS, config.encoder_rank, config.encoder_alpha),
             (llm, LLM_TARGETS, config.llm_rank, config.llm_alpha),
         ):
             if rank:
                 add_lora(base, targets, rank, alpha, config.dropout)
-        Da, D = speech_encoder.config.d_model, llm.config.hidden_size
-        self.projector = Projector(Da, D).to(llm.lm_head.weight.device)
 
     @classmethod
     def fresh(cls, config, dtype=torch.float32, device="cpu", fingerprints=None) -> "LLaST":

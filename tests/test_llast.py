@@ -235,6 +235,15 @@ def test_rank_0_leaves_that_base_without_lora(bases, off, without):
     } - {without}  # fmt: skip
 
 
+def test_the_projector_starts_the_same_for_every_rank(bases):
+    projectors = []
+    for ranks in ({}, {"encoder_rank": 5}, {"encoder_rank": 0, "llm_rank": 0}):
+        torch.manual_seed(3)
+        projectors.append(LLaST.fresh(config_for(bases, **ranks)).projector.state_dict())
+    for name, tensor in projectors[0].items():
+        assert all(torch.equal(other[name], tensor) for other in projectors[1:]), name
+
+
 def test_a_fresh_lora_changes_nothing(bases):
     fresh = LLaST.fresh(config_for(bases)).eval()
     plain = LLaST.fresh(config_for(bases, encoder_rank=0, llm_rank=0)).eval()
