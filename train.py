@@ -140,6 +140,7 @@ def model_config(settings: Preset) -> LLaSTConfig:
         encoder_alpha=settings.alpha_per_rank * settings.encoder_rank,
         llm_alpha=settings.alpha_per_rank * settings.llm_rank,
         directions=tuple("-".join(pair) for pair in parse_directions(settings.lang)),
+        tasks=("st", "asr") if settings.asr else ("st",),
     )
 
 

@@ -496,7 +496,7 @@ def training_cases(bench: Bench, ours: LLaST, peer: Peer):
 
 
 def training_phase(model: LLaST, window: str, batch: Batch) -> Phase:
-    """Without padding and without recomputed activations, counted as train.py --plan counts."""
+    """Without padding and without recomputed activations, counted as tools/plan.py counts."""
     W, L = model.speech_encoder.config, model.llm.config
     ranks = {"encoder_rank": model.config.encoder_rank, "llm_rank": model.config.llm_rank}
     settings = replace(PRESETS["tiny"], **ranks)

@@ -102,6 +102,11 @@ def test_alpha_keeps_its_ratio_to_the_rank():
     assert (config.llm_rank, config.llm_alpha) == (512, 256)
 
 
+def test_the_model_remembers_the_tasks_that_it_was_trained_on():
+    assert model_config(settings_from("--asr", "0")).tasks == ("st",)
+    assert model_config(settings_from("--asr", "0.1")).tasks == ("st", "asr")
+
+
 def test_rank_0_switches_a_lora_off(toy):
     ranks = settings_from("--encoder-rank", "0", "--llm-rank", "0", "--dropout", "0.5")
     assert ranks.dropout == 0.5

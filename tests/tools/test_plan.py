@@ -49,7 +49,7 @@ def test_the_papers_mix_has_its_number_of_rows(capsys):
     assert "an epoch    2,065,970 rows" in out
 
 
-def test_the_plan_says_what_to_fetch_and_how(capsys):
+def test_the_plan_prints_the_commands_that_get_the_models_and_the_corpus(capsys):
     out = planned(capsys, "llast-8b")
     assert "hf download openai/whisper-large-v2 config.json model.safetensors --local-dir" in out
     assert "hf download NousResearch/Llama-2-7b-chat-hf --exclude '*.bin' --local-dir" in out
@@ -57,7 +57,7 @@ def test_the_plan_says_what_to_fetch_and_how(capsys):
 
 
 @pytest.mark.parametrize("preset", COUNTS)
-def test_the_readme_says_what_the_plan_says(capsys, preset):
+def test_the_readme_states_the_memory_that_the_plan_prints(capsys, preset):
     out = planned(capsys, preset)
     [total] = re.findall(r"^    all +([\d.]+)$", out, re.M)
     readme = (Path(plan.__file__).parent / "README.md").read_text()
@@ -65,7 +65,7 @@ def test_the_readme_says_what_the_plan_says(capsys, preset):
     assert float(claimed) == pytest.approx(float(total), abs=0.051)
 
 
-def test_training_without_the_weights_says_how_to_get_them(monkeypatch, capsys):
+def test_missing_weights_are_an_error_with_the_download_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "llast-8b"])
     assert train.main() == 2
     assert "whisper-large-v2 does not exist; get it with" in capsys.readouterr().err
@@ -80,7 +80,7 @@ def test_the_embedded_default_is_planned_on_its_own_corpus(capsys):
     assert "fr-en                300         300" in out and "de-en                300" in out
 
 
-def test_only_clips_with_a_transcript_are_planned_to_be_transcribed(tmp_path, capsys):
+def test_only_clips_with_a_transcript_count_as_transcribed(tmp_path, capsys):
     clips = train.TINY / "corpus" / "fr" / "clips"
     (tmp_path / "fr").mkdir()
     (tmp_path / "fr" / "clips").symlink_to(clips)
@@ -154,7 +154,7 @@ def kept_bytes(model, batch) -> int:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
-def test_activations_are_what_the_backward_pass_keeps(built, dropout):
+def test_planned_activations_are_what_the_backward_pass_keeps(built, dropout):
     settings, model, batch = built(dropout=dropout, encoder_rank=4, llm_rank=6)
     W, L = model.speech_encoder.config, model.llm.config
     planned = plan.activation_bytes(settings, W, L, B, S, P)
@@ -168,7 +168,7 @@ def test_activations_are_what_the_backward_pass_keeps(built, dropout):
 
 
 @pytest.mark.parametrize("recompute", ["llm", "all"])
-def test_recomputing_saves_what_the_plan_says(built, recompute):
+def test_recomputing_saves_the_planned_memory(built, recompute):
     settings, plain, batch = built(encoder_rank=4, llm_rank=6)
     _, again, _ = built(encoder_rank=4, llm_rank=6, recompute=recompute)
 
@@ -207,7 +207,7 @@ class Live(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("window, beams", [("30s", 5), ("clip", 5), ("clip", 80)])
-def test_translating_takes_the_memory_that_is_planned(built, monkeypatch, window, beams):
+def test_translation_needs_the_planned_memory(built, monkeypatch, window, beams):
     """The encoder takes the most, or the prompts, or the steps."""
     monkeypatch.setattr(plan, "CLIPS", B)
     settings, model, batch = built(times=8, beams=beams, window=window)
@@ -226,7 +226,7 @@ def test_translating_takes_the_memory_that_is_planned(built, monkeypatch, window
 @pytest.mark.parametrize(
     "recompute, window", [*((part, "clip") for part in ("none", "llm", "all")), ("none", "30s")]
 )
-def test_arithmetic_is_what_a_training_step_does(built, recompute, window):
+def test_planned_arithmetic_is_that_of_a_training_step(built, recompute, window):
     # Wide, so that the LLM's attention, which the counter leaves out on a CPU, is a small part.
     settings, model, batch = built(times=8, recompute=recompute, window=window)
     model.float()  # the same arithmetic, which a CPU without bfloat16 does many times faster
