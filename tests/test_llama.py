@@ -138,7 +138,7 @@ def test_a_selection_of_states_equals_those_of_the_full_pass(llama, recompute, m
     assert_close(again / gradient.abs().max(), gradient / gradient.abs().max(), 1e-6)
 
 
-def test_a_token_never_sees_what_follows(llama):
+def test_a_token_never_attends_to_later_tokens(llama):
     ids = make_golden.ids()
     other = ids.clone()
     other[:, 5:] = 9
@@ -167,7 +167,7 @@ def test_cached_steps_equal_the_full_pass_for_rows_of_different_lengths(llama):
     can_attend = torch.arange(5) < lengths[:, None]  # (B, past)
     steps = []
     for t in range(3):
-        # a row goes on where its own prompt ended, though its keys stand behind the padding
+        # A row continues at the position after its prompt. Its keys are behind the padding.
         can_attend = torch.cat([can_attend, torch.ones(3, 1, dtype=torch.bool)], dim=1)
         x = llama.embed(answers[:, t : t + 1])
         hidden, cache = llama.hidden(x, cache, (lengths + t)[:, None], can_attend[:, None])
@@ -179,7 +179,7 @@ def test_cached_steps_equal_the_full_pass_for_rows_of_different_lengths(llama):
         assert_close(cached[row], alone, 1e-5)
 
 
-def test_several_tokens_of_one_step_each_see_their_own_past(llama):
+def test_each_token_of_a_step_attends_to_its_own_past(llama):
     """Two answers to one prompt, token by token in one row: as if each had a row of its own."""
     prompt, answers = [1, 66, 5, 17], torch.tensor([[40, 3, 22], [60, 9, 12]])
     _, cache = llama.hidden(llama.embed(torch.tensor([prompt])))
@@ -313,10 +313,20 @@ def test_values_that_early_configs_leave_out_get_their_defaults(tmp_path):
 
 
 @pytest.mark.parametrize("name", ("rope_parameters", "rope_scaling"))
-def test_an_inner_rope_theta_counts_as_in_transformers(tmp_path, name):
+def test_an_inner_rope_theta_replaces_the_one_at_the_top(tmp_path, name):
     folder = llama_folder(tmp_path / "llama", **SMALL)
     path = rewrite_config(folder, rope_theta=10_000.0, **{name: {"rope_theta": 500_000.0}})
     assert LlamaConfig.from_json(path).rope_theta == 500_000.0
+
+
+@pytest.mark.parametrize("name", ("rope_parameters", "rope_scaling"))
+def test_an_inner_rope_theta_gives_the_logits_of_transformers(tmp_path, name):
+    pytest.importorskip("transformers", reason="the reference is not installed")
+    folder = llama_folder(tmp_path / "llama", **SMALL)
+    rewrite_config(folder, **{name: {"rope_theta": 7.0, "rope_type": "default"}})
+    with torch.no_grad():
+        ours = Llama.from_pretrained(folder)(make_golden.ids())
+    assert_close(ours, make_golden.their_logits(folder), 5e-5)
 
 
 NOT_SIZES = ("8", 8.5, True, [8], {}, 0, -8, 10**9, 10**400, float("nan"))
@@ -369,9 +379,9 @@ def with_weights(folder, change, new):
 
 
 def test_every_tensor_of_the_folder_is_loaded(folder, llama):
-    found, loaded = load_file(folder / "model.safetensors"), llama.state_dict()
-    assert found.keys() == loaded.keys()
-    assert all(torch.equal(found[name], loaded[name]) for name in found)
+    stored, loaded = load_file(folder / "model.safetensors"), llama.state_dict()
+    assert stored.keys() == loaded.keys()
+    assert all(torch.equal(stored[name], loaded[name]) for name in stored)
 
 
 def test_inv_freq_of_old_files_is_ignored(folder, tmp_path):

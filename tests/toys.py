@@ -20,7 +20,7 @@ from whisper_encoder import WhisperConfig, WhisperEncoder
 
 TINY = Path(__file__).parents[1] / "tiny"
 
-# Every size is another number, so that no shape is right by coincidence.
+# All sizes differ, so that no shape is right by coincidence.
 WHISPER = dict(
     num_mel_bins=80, d_model=24, encoder_layers=2, encoder_attention_heads=3, encoder_ffn_dim=40,
     max_source_positions=1500,
@@ -33,7 +33,7 @@ LLAMA = dict(
 
 
 def made_up(name: str, shape, scale: float = 0.3) -> torch.Tensor:
-    """Numbers that follow from the name alone, the same with every library and version."""
+    """Numbers that depend only on the name, the same with every library and version."""
     n = torch.Size(shape).numel()
     step = 1 + zlib.crc32(name.encode()) % 9973 / 1000
     wave = torch.sin(torch.arange(1, n + 1, dtype=torch.float64) ** 2 * step).reshape(shape)
@@ -48,7 +48,7 @@ def fill(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def whisper_folder(folder: Path, **changes) -> Path:
-    """A Whisper folder as the hub has them: prefix `model.`, and a decoder that is not needed."""
+    """A Whisper folder like the public ones: names start with `model.`, and it has a decoder."""
     folder.mkdir(parents=True)
     config = WHISPER | changes
     encoder = WhisperEncoder(WhisperConfig(**config))
@@ -61,7 +61,7 @@ def whisper_folder(folder: Path, **changes) -> Path:
 
 
 def llama_folder(folder: Path, **changes) -> Path:
-    """A Llama folder with the embedded default's tokenizer."""
+    """A Llama folder with the tokenizer of the embedded model."""
     folder.mkdir(parents=True)
     config = LLAMA | changes
     llama = Llama(LlamaConfig(**{k: config[k] for k in LlamaConfig.__dataclass_fields__}))
@@ -147,9 +147,9 @@ def tone(hertz: float, rate: int, seconds: float = 0.2) -> np.ndarray:
     return np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
 
 
-def write(path: Path, samples, rate: int = 16000, **how) -> Path:
+def write(path: Path, samples, rate: int = 16000, **options) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, np.asarray(samples, dtype=np.float32), rate, **how)
+    soundfile.write(path, np.asarray(samples, dtype=np.float32), rate, **options)
     return path
 
 
