@@ -219,9 +219,8 @@ def print_corpora(splits: dict[str, list[Row]], batches: Batches, dev: Batches):
     examples = [example for group in batches.groups(0) + dev.groups(0) for example in group]
     transcribed = by_direction([example.row for example in examples if example.task == "asr"])
     columns = "{:12}{:8}{:>8}{:>10}{:>12}{:>12}"
-    print(
-        "\n" + columns.format("direction", "split", "clips", "minutes", "translate", "transcribe")
-    )
+    header = "direction", "split", "clips", "minutes", "translate", "transcribe"
+    print("\n" + columns.format(*header))
     for split, rows in splits.items():
         for direction, group in sorted(by_direction(rows).items()):
             minutes = f"{sum(row.seconds for row in group) / 60:.1f}"
@@ -367,14 +366,15 @@ def prefetch(items: Iterator, in_thread: bool) -> Iterator:
 
 
 def check_failures(failed: dict[Path, str], n_clips: int, empty_steps: int, max_share: float):
-    """Raise an error if too many clips cannot be read, for example because a disk is gone."""
+    """Raise an error if too many clips of the run cannot be read, for example if a disk is gone."""
     share = len(failed) / n_clips
     if empty_steps < 3 and (len(failed) <= 5 or share <= max_share):
         return
     first = "".join(f"\n    {path}: {reason}" for path, reason in list(failed.items())[:5])
+    empty = ", and three steps in a row have no clip" if empty_steps == 3 else ""
     raise ValueError(
-        f"{len(failed)} training clips ({share:.1%}) cannot be read, and no clip of the last "
-        f"{empty_steps} steps; repair them or raise --max-failed, now {max_share}:{first}"
+        f"{len(failed)} training clips ({share:.1%}) cannot be read{empty}; repair them or raise "
+        f"--max-failed, now {max_share}. The first:{first}"
     )
 
 

@@ -292,7 +292,7 @@ def test_three_steps_in_a_row_without_a_clip_end_the_training(toy, monkeypatch):
     lost = sum(names[2:4] + names[5:8], [])  # two steps in a row are not enough
     lose(monkeypatch, lost)
     numbers = []
-    with pytest.raises(ValueError, match="no clip of the last 3 steps") as error:
+    with pytest.raises(ValueError, match="three steps in a row have no clip") as error:
         train_epochs(model, batches, settings, lambda step: numbers.append(step.number))
     assert numbers == [1, 2, 5] and len(names) > 8
     assert all(f"{name}: the disk lost it" in str(error.value) for name in lost[:5])
