@@ -13,7 +13,6 @@ G query heads for each key/value head, Dh head width, V vocabulary.
 
 import re
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import sentencepiece
@@ -317,10 +316,9 @@ class Llama(nn.Module):
         files is left out, because it follows from rope_theta.
         """
         folder = Path(folder)
-        files = weight_files(folder)
-        config = LlamaConfig.from_json(folder / "config.json")
-        stored = dict(chain.from_iterable(map(read_tensors, files)))
+        stored = {k: v for file in weight_files(folder) for k, v in read_tensors(file)}
         stored = {k: v for k, v in stored.items() if not k.endswith("rotary_emb.inv_freq")}
+        config = LlamaConfig.from_json(folder / "config.json")
         if config.num_hidden_layers > len(stored):  # a million layers would take hours to build
             raise ValueError(f"{folder} has {len(stored)} tensors, too few for {config}")
         with torch.device("meta"):

@@ -17,7 +17,6 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 from typing import get_origin
 
@@ -71,7 +70,6 @@ class Endless(io.BytesIO):
         return super().seek(offset, whence)
 
 
-KNOWN_START = rb"ID3|\xff[\xe2-\xff]|RIFF|OggS|fLaC|FORM"  # an mp3 starts with one of the first two
 MP3_FRAME = b"\xff\xfb\x90\0"  # the start of a frame
 # An mp3 may begin with a silent frame that states how many frames follow (the Xing frame).
 XING = rb"(?s)\xff[\xe2-\xff]..(..)?(\0{9}|\0{17}|\0{32})(Xing|Info)\0\0\0[\1\3\5\7\t\v\r\x0f]"
@@ -98,18 +96,14 @@ def open_audio(path: Path) -> soundfile.SoundFile:
         raise AudioError(path, f"no such file{hint}")
     try:
         data = path.read_bytes()
-        if not data:
-            raise AudioError(path, "the file is empty")
-        if path.suffix.lower() in (".mp3", ".mp2") and not re.match(KNOWN_START, data):
-            data = MP3_FRAME + data  # now it is known as mp3; the decoder finds the first frame
+        if path.suffix.lower() == ".mp3" and not re.match(rb"$|ID3|\xff|RIFF|OggS|fLaC|FORM", data):
+            data = MP3_FRAME + data  # other bytes first: the decoder then looks for the next frame
         file = open_bytes(data)
     except OSError as error:
         raise AudioError(path, f"not readable ({error.strerror})") from error
     except soundfile.LibsndfileError as error:
-        reason = error.error_string
-        if "does not exist" in reason:  # what libsndfile says if it finds no frame of an mp3
-            reason = "no mp3 frame in its first 64 kB"
-        raise AudioError(path, f"not readable as audio ({reason})") from error
+        reason = "no sound in a format that libsndfile reads" if data else "the file is empty"
+        raise AudioError(path, reason) from error
     if fault := find_fault(file, data):
         raise AudioError(path, fault)
     return file
@@ -125,11 +119,10 @@ def find_fault(file: soundfile.SoundFile, data: bytes) -> str:
         return f"several Ogg files in one, of which only the first could be read; {CONVERT}"
     if file.format != "MP3" and (file.frames >= UNKNOWN or "MPEG" in file.subtype):
         return f"a {file.format} file ({file.subtype}) that does not state its length; {CONVERT}"
-    nist = re.match(rb"NIST_1A.{,1000}?sample_count -i (\d+)", data, re.DOTALL)
-    is_cut = nist and int(nist[1]) > file.frames
     for stated, present in re.findall(DATA_SIZE, file.extra_info):
-        is_cut = is_cut or int(present) < int(stated) < 0x7FFF0000  # more means "not known yet"
-    return "cut short: its header states more samples than the file has" if is_cut else ""
+        if int(present) < int(stated) < 0x7FFF0000:  # more means "not known yet"
+            return f"cut short: its header states {stated} bytes of sound, the file has {present}"
+    return ""
 
 
 def read_blocks(path: Path, file: soundfile.SoundFile) -> Iterator[Tensor]:
@@ -220,9 +213,8 @@ def resample(audio: Tensor, from_rate: int, to_rate: int) -> Tensor:
     if from_rate == to_rate:
         return audio
     divisor = math.gcd(from_rate, to_rate)
-    from_step, to_step = from_rate // divisor, to_rate // divisor
-    repeat = math.ceil(PHASES / to_step)  # 48 kHz -> 16 kHz is 3 : 1, but 96 : 32 is faster
-    from_step, to_step = from_step * repeat, to_step * repeat
+    repeat = math.ceil(PHASES * divisor / to_rate)  # 48 kHz -> 16 kHz: 96 : 32 is faster than 3 : 1
+    from_step, to_step = (rate // divisor * repeat for rate in (from_rate, to_rate))
     cutoff = ROLLOFF * min(1, to_step / from_step)  # as a share of the input's Nyquist frequency
     reach = math.ceil(ZEROS / cutoff)  # input samples that a filter uses on each side
 
@@ -431,13 +423,13 @@ class WhisperEncoder(nn.Module):
         Every tensor of the encoder must be there with its shape. The decoder is left out.
         """
         folder = Path(folder)
-        files = weight_files(folder)
-        config = WhisperConfig.from_json(folder / "config.json")
         stored = {}
-        for name, tensor in chain.from_iterable(map(read_tensors, files)):
-            name = name.removeprefix("model.")  # added by WhisperForConditionalGeneration
-            if not name.startswith(("decoder.", "proj_out.")):
-                stored[name.removeprefix("encoder.")] = tensor
+        for file in weight_files(folder):
+            for name, tensor in read_tensors(file):
+                name = name.removeprefix("model.")  # added by WhisperForConditionalGeneration
+                if not name.startswith(("decoder.", "proj_out.")):
+                    stored[name.removeprefix("encoder.")] = tensor
+        config = WhisperConfig.from_json(folder / "config.json")
         if config.encoder_layers > len(stored):  # a million layers would take hours to build
             raise ValueError(f"{folder} has {len(stored)} tensors, too few for {config}")
         with torch.device("meta"):
@@ -483,20 +475,14 @@ def check_fields(cls, values: dict, path: Path, lowest: float = 1e-12):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a Hugging Face folder: one, or the shards that its index names."""
-    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
-    try:
-        if index.is_file() and not (folder / "model.safetensors").is_file():
-            names = sorted(set(read_json(index)["weight_map"].values()))
-        files = [folder / Path(name).name for name in names]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{index}: weight_map must map names to files: {error!r}") from error
-    if missing := [file.name for file in files if not file.is_file()]:
+    """The safetensors files of a Hugging Face folder: one file, or all shards."""
+    one, shards = folder / "model.safetensors", sorted(folder.glob("model-*-of-*.safetensors"))
+    if not one.is_file() and not shards:
         raise FileNotFoundError(
-            f"{folder} has no {missing}. Take a Hugging Face folder with safetensors, or convert "
-            f"other weights: python tools/convert.py whisper|llama {folder} --out NEW_FOLDER"
+            f"{folder} has no model.safetensors. Take a Hugging Face folder with safetensors, or "
+            f"convert other weights: python tools/convert.py whisper|llama {folder} --out FOLDER"
         )
-    return files
+    return [one] if one.is_file() else shards
 
 
 def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
@@ -515,10 +501,9 @@ def must_match(expected: dict[str, Tensor], stored: dict[str, Tensor], source):
     wrong += [f"unexpected: {name}" for name in sorted(stored.keys() - expected.keys())]
     for name in sorted(expected.keys() & stored.keys()):
         shape, tensor = tuple(expected[name].shape), stored[name]
-        if tuple(tensor.shape) != shape:
-            wrong.append(f"of another shape: {name} {tuple(tensor.shape)}, not {shape}")
-        elif not tensor.is_floating_point():
-            wrong.append(f"not of floats: {name} {tensor.dtype}")
+        if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+            found = f"{tuple(tensor.shape)} {tensor.dtype}"
+            wrong.append(f"other shape or type: {name} is {found}, not floats of {shape}")
     if wrong:
         shown = "; ".join(wrong[:8])
         raise ValueError(f"{source}: {len(wrong)} tensors do not fit the configuration: {shown}")

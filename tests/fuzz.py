@@ -253,7 +253,7 @@ COMMANDS = {
 CONFIGS = ["whisper/config.json", "llama/config.json"]
 WEIGHTS = ["whisper/model.safetensors", "llama/model.safetensors"]
 ADAPTERS = ["exported/encoder-lora", "exported/llm-lora"]
-SHARDS = "pytorch_model-0.bin", "pytorch_model.bin.index.json"
+SHARDS = "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"
 
 # name: (kind of change, files to change, command, must the command notice every change?)
 TARGETS = {

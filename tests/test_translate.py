@@ -230,7 +230,7 @@ BAD = {
     "empty.wav": "the file is empty",
     "missing.wav": "no such file",
     "nan.wav": "not numbers",
-    "noise.wav": "not readable as audio",
+    "noise.wav": "no sound in a format that",
 }
 THREE = SearchOptions(3, max_new_tokens=6)
 SHORT = SearchOptions(1, max_new_tokens=2)

@@ -163,10 +163,10 @@ def test_an_unusable_clip_is_an_error_with_its_name_and_the_reason(tmp_path):
     for name, reason in {
         "missing.wav": "no such file",
         "empty.wav": "the file is empty",
-        "random.wav": "not readable as audio",
-        "bare.raw": "not readable as audio",
+        "random.wav": "no sound in a format that libsndfile reads",
+        "bare.raw": "no sound",
         "loud.wav": "not numbers or too large: 9000; full scale is 1",
-        "text.mp3": "no mp3 frame",
+        "text.mp3": "no sound",
         "x" * 300 + ".wav": "no such file",
         "silent.wav": "the clip has no samples",
         "nan.wav": "not numbers or too large: nan",
@@ -180,15 +180,13 @@ def test_an_unusable_clip_is_an_error_with_its_name_and_the_reason(tmp_path):
             load_audio(tmp_path / name)
 
 
-@pytest.mark.parametrize(
-    "format", ("WAV", "WAVEX", "RF64", "AIFF", "AU", "W64", "NIST", "CAF", "FLAC")
-)
+@pytest.mark.parametrize("format", ("WAV", "WAVEX", "RF64", "AIFF", "AU", "W64", "CAF", "FLAC"))
 def test_a_file_that_is_shorter_than_its_header_states_is_an_error(tmp_path, format):
     noise = np.random.default_rng(0).normal(size=(16000, 2)) * 0.1
     data = write(tmp_path / "whole", noise, format=format).read_bytes()
     assert audio_seconds(tmp_path / "whole") == 1.0 and len(load_audio(tmp_path / "whole")) == 16000
     (tmp_path / "cut").write_bytes(data[: len(data) * 3 // 4])
-    with pytest.raises(AudioError, match="cut short|damaged|malformed"):
+    with pytest.raises(AudioError, match="cut short|damaged|no sound"):
         load_audio(tmp_path / "cut")
 
 

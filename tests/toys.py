@@ -99,8 +99,10 @@ def shard(folder: Path, save=save_file, stem: str = "model", suffix: str = "safe
     half = len(names) // 2
     file_of = {}
     for i, part in enumerate((names[:half], names[half:])):
-        save({name: weights[name] for name in part}, folder / f"{stem}-{i}.{suffix}")
-        file_of |= dict.fromkeys(part, f"{stem}-{i}.{suffix}")
+        save(
+            {name: weights[name] for name in part}, folder / f"{stem}-0000{i + 1}-of-00002.{suffix}"
+        )
+        file_of |= dict.fromkeys(part, f"{stem}-0000{i + 1}-of-00002.{suffix}")
     index = json.dumps({"weight_map": file_of})
     (folder / f"{stem}.{suffix}.index.json").write_text(index)
     return folder
@@ -110,10 +112,12 @@ def shard(folder: Path, save=save_file, stem: str = "model", suffix: str = "safe
 FAULTS = {
     "missing": lambda weights, name: weights.pop(name),
     "unexpected": lambda weights, name: weights.update({f"{name}_extra": torch.ones(3)}),
-    "of another shape": lambda weights, name: weights.update({name: weights[name][:-1].clone()}),
+    "other shape or type": lambda weights, name: weights.update({name: weights[name][:-1].clone()}),
 }
 INTEGERS = {
-    "not of floats": lambda weights, name: weights.update({name: weights[name].view(torch.int32)}),
+    "(other shape or type)": lambda weights, name: weights.update(
+        {name: weights[name].view(torch.int32)}
+    ),
 }
 
 

@@ -129,19 +129,19 @@ def split_into_shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[st
 
 def save_weights(tensors: Iterable[tuple[str, Tensor]], folder: Path):
     """Write model.safetensors, or shards and their index if the tensors need more than one file."""
-    file_of, n_bytes = {}, 0
-    for i, shard in enumerate(split_into_shards(tensors), start=1):
-        file = folder / f"model-{i:05}.safetensors"
-        save_file(shard, file, {"format": "pt"})
-        file_of |= dict.fromkeys(shard, file.name)
+    shard_of, n_bytes = {}, 0
+    for n, shard in enumerate(split_into_shards(tensors), start=1):
+        save_file(shard, folder / f"{n}.safetensors", {"format": "pt"})
+        shard_of |= dict.fromkeys(shard, n)
         n_bytes += sum(tensor.nbytes for tensor in shard.values())
-    if i == 1:
-        file.rename(folder / "model.safetensors")
-    else:
-        write_json(
-            {"metadata": {"total_size": n_bytes}, "weight_map": file_of},
-            folder / "model.safetensors.index.json",
-        )
+    names = [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
+    names = names if n > 1 else ["model.safetensors"]
+    for i, name in enumerate(names, start=1):
+        (folder / f"{i}.safetensors").rename(folder / name)
+    if n > 1:  # transformers reads this index
+        index = {name: names[i - 1] for name, i in shard_of.items()}
+        index = {"metadata": {"total_size": n_bytes}, "weight_map": index}
+        write_json(index, folder / "model.safetensors.index.json")
 
 
 def write_json(value: dict, file: Path):

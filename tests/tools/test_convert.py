@@ -201,11 +201,11 @@ def test_the_command_converts_and_keeps_the_precision(tmp_path, monkeypatch, cap
     source = write_source(tmp_path / "source", "meta, 2", weights, config)
     monkeypatch.setattr(convert, "SHARD_BYTES", 10_000)
     assert command(monkeypatch, "llama", source, "--out", tmp_path / "new" / "out") == 0
-    assert "config.json, model-00001.safetensors, model-00002" in capsys.readouterr().out
+    assert "config.json, model-00001-of-00005.safetensors, model-00002" in capsys.readouterr().out
     llama = Llama.from_pretrained(tmp_path / "new" / "out", torch.bfloat16)
     for name, tensor in llama.state_dict().items():
         assert torch.equal(tensor, weights[name]), name
-    written = load_file(tmp_path / "new" / "out" / "model-00001.safetensors")
+    written = load_file(tmp_path / "new" / "out" / "model-00001-of-00005.safetensors")
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
     files = list((tmp_path / "new" / "out").iterdir())
     assert len({file.stat().st_mode for file in files}) == 1  # who reads one may read all
@@ -734,7 +734,9 @@ def test_any_tensor_missing_extra_or_of_another_shape_is_refused(bases, monkeypa
             source = write_original(bases / f"theirs{i}", tensors, "")
             assert command(monkeypatch, *import_words(bases, source)) == 2
             told = capsys.readouterr().err
-            assert any(word in told for word in ("missing", "unexpected", "of another shape")), told
+            assert any(word in told for word in ("missing", "unexpected", "other shape or type")), (
+                told
+            )
     assert not (bases / "imported").exists()
 
 
@@ -744,7 +746,7 @@ def test_a_checkpoint_for_another_llm_is_refused(bases, monkeypatch, capsys):
     words = [bases / "other" if word == bases / "llama" else word for word in
              import_words(bases, source)]  # fmt: skip
     assert command(monkeypatch, *words) == 2
-    assert "of another shape: llm.model.layers.0" in capsys.readouterr().err
+    assert "other shape or type: llm.model.layers.0" in capsys.readouterr().err
     save_file({"a": torch.ones(1)}, bases / "nothing.safetensors")
     assert command(monkeypatch, *import_words(bases, bases / "nothing.safetensors")) == 2
     assert "missing: projector." in capsys.readouterr().err
