@@ -4,11 +4,11 @@
              -> Llama (+ LoRA) -> the tokens of the answer
 
 One training row: the speech replaces one id, so the row has P = S + T - 1 positions. The label of a
-position is the token that the LLM has to predict there, so it is the token of the next position.
-Only the answer has labels; a dot is a position without one.
+position is the token that the LLM has to predict there: the token of the next position. Only the
+answer has labels; a dot is a position without one.
 
-    row    <s> [INST]  s1 s2 s3 ... sS  \\n Please translate ... [/INST] Where  is   it   ?   </s>
-    label   .    .      .  .  . ...  .   .    .       .            Where   is   it   ?   </s>   .
+    row     <s>  [INST]  s1  s2  ...  sS  Please  ...  [/INST]  Where  is  it  ?     </s>
+    label    .     .     .   .   ...  .     .     ...   Where   is     it  ?   </s>   .
 
 Paper: LLaST (2407.15415). Reference: its xtuner code, model/llast.py, for the layers and names of
 the adaptor, and for the place of the speech: in the turn of the user, before the instruction.

@@ -222,7 +222,7 @@ def new_encoder() -> WhisperEncoder:
 def train_leg(leg: int, encoder: WhisperEncoder, tokenizer: Tokenizer, dev: dict[str, list[Clip]]):
     """A leg of training, with a fresh layer on top that writes pieces down or a blank."""
     voices, epochs, first_lr, last_lr, masks, near_words = LEGS[leg]
-    clips, blank = speech(voices, tokenizer), tokenizer.vocab_size
+    clips, blank = speech(voices, tokenizer), tokenizer.n_pieces
 
     def size_of(clip: Clip) -> int:
         return clip[0].shape[1] // 2
