@@ -12,8 +12,9 @@ G query heads for each key/value head, Dh head width, V vocabulary.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import get_origin
 
 import sentencepiece
 import torch
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from whisper_encoder import check_fields, must_match, read_json, read_tensors, weight_files
+from whisper_encoder import must_match, read_json, read_tensors, weight_files
 
 
 class Cache:
@@ -90,12 +91,30 @@ class LlamaConfig:
         if type(D) is int and type(H) is int and H > 0:
             raw.setdefault("head_dim", D // H)
         config = check_fields(cls, raw, path)
-        if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
+        groups_fit = config.num_attention_heads % config.num_key_value_heads == 0
+        if not groups_fit or config.head_dim % 2 or config.num_hidden_layers > 1000:
             raise ValueError(
-                f"{path}: num_key_value_heads must divide num_attention_heads, and head_dim must "
-                f"be even; found {config}"
+                f"{path}: num_key_value_heads must divide num_attention_heads, head_dim must be "
+                f"even, and there can be at most 1000 layers; found {config}"
             )
         return config
+
+
+def check_fields(cls, values: dict, path: Path, lowest: float = 1e-12):
+    """An instance of the dataclass `cls`, if each JSON value has the type of its field.
+
+    A number must be at least `lowest`; the default refuses 0. The upper limits refuse sizes that no
+    model has, before anything of such a size is built.
+    """
+    types = {int: (int,), float: (int, float), bool: (bool,), str: (str,), tuple: (tuple,)}
+    highest = {int: 10**6, float: 10**12}
+    for field in fields(cls):
+        value, kind = values.get(field.name), get_origin(field.type) or field.type
+        fits = type(value) in types[kind]
+        if not fits or kind in highest and not lowest <= value <= highest[kind]:
+            wanted = f"{field.name} ({kind.__name__})"
+            raise ValueError(f"{path} has no valid {wanted}, found {value!r:.40}; is it complete?")
+    return cls(**{field.name: values[field.name] for field in fields(cls)})
 
 
 BUILT = {  # features of config.json with the only value that is computed here; None means absent
@@ -316,11 +335,9 @@ class Llama(nn.Module):
         files is left out, because it follows from rope_theta.
         """
         folder = Path(folder)
-        stored = {k: v for file in weight_files(folder) for k, v in read_tensors(file)}
+        stored = {k: v for file in weight_files(folder) for k, v in read_tensors(file).items()}
         stored = {k: v for k, v in stored.items() if not k.endswith("rotary_emb.inv_freq")}
         config = LlamaConfig.from_json(folder / "config.json")
-        if config.num_hidden_layers > len(stored):  # a million layers would take hours to build
-            raise ValueError(f"{folder} has {len(stored)} tensors, too few for {config}")
         with torch.device("meta"):
             llama = cls(config)
         expected = llama.state_dict()

@@ -34,11 +34,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from data import IGNORE, TEMPLATES, Batch, prompt_ids
-from llama import TOKENIZER_FILES, Llama, Tokenizer
+from llama import TOKENIZER_FILES, Llama, Tokenizer, check_fields
 from lora import add_lora, lora_layers
 from whisper_encoder import (
     WhisperEncoder,
-    check_fields,
     clip_to_mel,
     must_match,
     n_states,
@@ -305,7 +304,7 @@ def read_saved(folder: Path) -> tuple[LLaSTConfig, dict[str, str], dict[str, Ten
             f"{text} has format {description['versions']['llast']!r:.40}, but this program reads "
             f"only {FORMAT}; train again, or use the version of the program that wrote it"
         )
-    tensors = dict(read_tensors(weights))
+    tensors = read_tensors(weights)
     with safe_open(weights, "pt") as stored:
         saved = stored.metadata() or {}
     digests = digests_of(description, tensors)

@@ -355,14 +355,14 @@ def test_rotary_settings_must_be_an_object(tmp_path, name, value):
 @pytest.mark.parametrize("change", ({"num_key_value_heads": 4}, {"head_dim": 5}))
 def test_sizes_that_do_not_go_together_are_an_error(tmp_path, change):
     folder = llama_folder(tmp_path / "llama", **SMALL)
-    with pytest.raises(ValueError, match="must divide num_attention_heads, and head_dim must"):
+    with pytest.raises(ValueError, match="must divide num_attention_heads, head_dim must"):
         LlamaConfig.from_json(rewrite_config(folder, **change))
 
 
 def test_a_million_layers_are_refused_before_they_are_built(tmp_path):
     folder = llama_folder(tmp_path / "llama", **SMALL)
     rewrite_config(folder, num_hidden_layers=10**6)
-    with pytest.raises(ValueError, match="tensors, too few for .*num_hidden_layers=1000000"):
+    with pytest.raises(ValueError, match="at most 1000 layers; found .*num_hidden_layers=1000000"):
         Llama.from_pretrained(folder)
 
 

@@ -174,7 +174,7 @@ def test_an_unusable_clip_is_an_error_with_its_name_and_the_reason(tmp_path):
         "slow.wav": "its header states 999 Hz, not 1000 to 400000 Hz",
         "fast.wav": "its header states 400001 Hz",
         "opposite.wav": "its channels cancel each other",
-        "size 0.wav": "the clip has no samples by its header, but 32044 bytes",
+        "size 0.wav": "the clip has no samples by its header",
     }.items():
         with pytest.raises(AudioError, match=f"{name}: .*({reason})"):
             load_audio(tmp_path / name)
@@ -429,10 +429,10 @@ def test_the_30s_window_always_has_30_s():
 @pytest.mark.parametrize(
     "samples, window, message",
     (
-        (0, "clip", r"the clip has 0\.00 s, not more than 0 and up to 30 s"),
-        (0, "30s", r"the clip has 0\.00 s"),
-        (MAX_SAMPLES + 16_000, "clip", r"the clip has 31\.00 s, .* up to 30 s"),
-        (MAX_SAMPLES + 1, "30s", "up to 30"),
+        (0, "clip", "the clip has 0 samples, not 1 to 480,000"),
+        (0, "30s", "the clip has 0 samples"),
+        (MAX_SAMPLES + 16_000, "clip", "the clip has 496,000 samples"),
+        (MAX_SAMPLES + 1, "30s", "not 1 to 480,000"),
         (1000, "10s", r"window is '10s'; it can be one of \('30s', 'clip'\)"),
     ),
 )
@@ -535,7 +535,7 @@ def test_a_folder_without_the_prefix_loads_too(folder, tmp_path):
     "change, message",
     (
         ({"d_model": None}, r"config.json has no valid d_model \(int\), found None"),
-        ({"encoder_attention_heads": 5}, "encoder_attention_heads must divide d_model"),
+        ({"encoder_attention_heads": 5}, "describes a model that cannot exist: .*heads=5"),
         ({"activation_function": "relu"}, "activation_function='relu'; only 'gelu' is built"),
         ({"scale_embedding": True}, "scale_embedding=True; only False is built"),
     ),
@@ -559,7 +559,7 @@ def test_a_size_of_another_type_or_size_is_an_error_that_names_it(tmp_path, name
 def test_a_million_layers_are_refused_before_they_are_built(tmp_path):
     folder = whisper_folder(tmp_path / "whisper")
     (folder / "config.json").write_text(json.dumps(WHISPER | {"encoder_layers": 10**6}))
-    with pytest.raises(ValueError, match="tensors, too few for .*encoder_layers=1000000"):
+    with pytest.raises(ValueError, match="no valid encoder_layers"):
         WhisperEncoder.from_pretrained(folder)
 
 

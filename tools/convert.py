@@ -29,14 +29,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository, whatever the folder is
 
 from data import TEMPLATES, parse_directions
-from llama import Llama, LlamaConfig
+from llama import Llama, LlamaConfig, check_fields
 from llast import LLaST, LLaSTConfig, check_bases
 from lora import LoRALinear, lora_layers, merge_lora
 from whisper_encoder import (
     WINDOWS,
     WhisperConfig,
     WhisperEncoder,
-    check_fields,
     read_json,
     read_tensors,
     weight_files,
@@ -465,9 +464,10 @@ def export(model: LLaST, out: Path):
 
 def merge_into(base: Path, merged: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) pairs of a base model. Weights in `merged` replace its own and are removed."""
-    for name, tensor in chain.from_iterable(map(read_tensors, weight_files(base))):
-        ours = name if name in merged else name.removeprefix("model.")  # some Whisper files have it
-        yield name, merged.pop(ours, tensor).to(tensor.dtype)  # keep the precision of the file
+    for file in weight_files(base):
+        for name, tensor in read_tensors(file).items():
+            ours = name if name in merged else name.removeprefix("model.")  # some Whisper files
+            yield name, merged.pop(ours, tensor).to(tensor.dtype)  # keep the precision of the file
 
 
 # ------------------------------------------------------------------------------------------- import
@@ -499,7 +499,7 @@ def read_peft(folder, prefix: str = "") -> tuple[float, dict[str, Tensor]]:
     if others:
         raise ValueError(f"{folder}/adapter_config.json asks for {others}, which is not built here")
     tensors = {}
-    for name, tensor in read_tensors(folder / "adapter_model.safetensors"):
+    for name, tensor in read_tensors(folder / "adapter_model.safetensors").items():
         if not name.startswith(PEFT_PREFIX + prefix):
             raise ValueError(f"{folder}: {name} does not begin with {PEFT_PREFIX + prefix}")
         name = name.removeprefix(PEFT_PREFIX + prefix).removesuffix(".weight")
@@ -512,7 +512,7 @@ def read_peft(folder, prefix: str = "") -> tuple[float, dict[str, Tensor]]:
 def read_exported(folder: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Read a folder of `export`. -> the trained tensors; alpha of the LoRA in each module"""
     projector = read_tensors(folder / "projector.safetensors")
-    tensors, alphas = {f"projector.{name}": tensor for name, tensor in projector}, {}
+    tensors, alphas = {f"projector.{name}": tensor for name, tensor in projector.items()}, {}
     for name, (module, place) in LORAS.items():
         if (folder / name).is_dir():
             alphas[module], lora = read_peft(folder / name, place)
@@ -554,7 +554,7 @@ def read_original(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; name a checkpoint, or an exported folder")
     if path.suffix == ".safetensors":
-        stored = dict(read_tensors(path))
+        stored = read_tensors(path)
     else:
         stored = read_pickle(path)
         for key in ("module", "state_dict"):  # DeepSpeed's name, and xtuner's
