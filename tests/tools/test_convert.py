@@ -445,7 +445,8 @@ def test_converting_never_holds_two_copies(tmp_path, monkeypatch, format):
     size = sum(2 * tensor.numel() for tensor in weights.values())
     largest = max(4 * tensor.numel() for tensor in weights.values())
     del weights
-    monkeypatch.setattr(convert, "SHARD_BYTES", size // 4)
+    monkeypatch.setattr(convert, "SHARD_BYTES", size // 8)
+    Llama.from_pretrained(toys.llama_folder(tmp_path / "warm"))  # the first load imports much
     with toys.peak_memory() as peak:
         convert.convert(source, tmp_path / "out", Llama)
     assert peak() < 1.25 * size + 4 * largest
