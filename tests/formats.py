@@ -58,7 +58,7 @@ def write_openai(weights: dict, folder: Path, config: dict) -> Path:
     return folder / "small.pt"
 
 
-META = {  # name in a layer: Meta's name, and how its files are cut
+META = {  # name in a layer: Meta's name, and the dimension that its files divide
     "self_attn.q_proj": ("attention.wq", 0), "self_attn.k_proj": ("attention.wk", 0),
     "self_attn.v_proj": ("attention.wv", 0), "self_attn.o_proj": ("attention.wo", 1),
     "mlp.gate_proj": ("feed_forward.w1", 0), "mlp.up_proj": ("feed_forward.w3", 0),
@@ -69,7 +69,7 @@ META = {  # name in a layer: Meta's name, and how its files are cut
 
 
 def to_meta(name: str, tensor, Dh: int):
-    """Name, tensor with Meta's pairing of rotary dimensions, and the dimension to cut."""
+    """Meta's name, the tensor in Meta's order of rows, and the dimension that the files divide."""
     layer, last = re.fullmatch(r"(?:model\.(layers\.\d+\.))?(.*?)(?:\.weight)?", name).groups()
     if last not in META:
         return name, tensor, None
@@ -100,7 +100,7 @@ def write_meta(weights: dict, folder: Path, config: dict, shards: int) -> Path:
 
 
 def as_original(model: LLaST) -> dict[str, torch.Tensor]:
-    """The names that the original's state_dict has, written down from its code."""
+    """The trained tensors with the names of the original, which are copied from its code."""
     tensors = {}
     for name, tensor in model.trained().items():
         if name.startswith("speech_encoder."):
@@ -110,6 +110,6 @@ def as_original(model: LLaST) -> dict[str, torch.Tensor]:
         if name.endswith(("lora_A", "lora_B")):
             name += ".default.weight"
         tensors[name] = tensor.clone()
-    dead = "speech_encoder.base_model.model.decoder.layers.0.encoder_attn.q_proj.lora_A"
-    tensors[f"{dead}.default.weight"] = torch.ones(2, 24)
+    unused = "speech_encoder.base_model.model.decoder.layers.0.encoder_attn.q_proj.lora_A"
+    tensors[f"{unused}.default.weight"] = torch.ones(2, 24)
     return tensors

@@ -1,7 +1,8 @@
-"""What was trained goes to transformers and peft and back, and comes in from the original."""
+"""Weights and trained models are the same after conversion, and broken ones are refused."""
 
 import json
 import sys
+import weakref
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -434,22 +435,30 @@ def test_an_index_without_a_map_of_files_is_refused(tmp_path, index):
     assert "weight_map must map names of tensors to names of files" in refusal(source)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc on this system")
 @pytest.mark.parametrize("format", ("bin, 2", "meta, 2"))
-def test_converting_never_holds_two_copies(tmp_path, monkeypatch, format):
-    """The peak is near one copy in bfloat16, which the check after writing loads."""
-    sizes = ONE_LAYER | dict(num_hidden_layers=24, hidden_size=384, intermediate_size=1040,
-                             head_dim=64, num_key_value_heads=6)  # fmt: skip
-    weights, config = read(toys.llama_folder(tmp_path / "original", **sizes))
+def test_converting_holds_one_shard_in_memory(tmp_path, monkeypatch, format):
+    weights, config = read(toys.llama_folder(tmp_path / "original", **ONE_LAYER))
     source = write_source(tmp_path / "source", format, weights, config)
-    size = sum(2 * tensor.numel() for tensor in weights.values())
-    largest = max(4 * tensor.numel() for tensor in weights.values())
-    del weights
-    monkeypatch.setattr(convert, "SHARD_BYTES", size // 8)
-    Llama.from_pretrained(toys.llama_folder(tmp_path / "warm"))  # the first load imports much
-    with toys.peak_memory() as peak:
-        convert.convert(source, tmp_path / "out", Llama)
-    assert peak() < 1.25 * size + 4 * largest
+    monkeypatch.setattr(convert, "SHARD_BYTES", 20_000)
+    earlier = []
+
+    def save(tensors, *args):
+        assert sum(tensor.nbytes for tensor in tensors.values()) <= convert.SHARD_BYTES
+        assert all(tensor() is None for tensor in earlier)
+        earlier.extend(weakref.ref(tensor) for tensor in tensors.values())
+        save_file(tensors, *args)
+
+    monkeypatch.setattr(convert, "save_file", save)
+    convert.convert(source, tmp_path / "out", Llama)
+    assert len(earlier) == len(weights)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc on this system")
+def test_a_pickle_is_mapped_not_read_into_memory(tmp_path):
+    torch.save({"a": torch.ones(100_000)}, tmp_path / "a.pth")
+    weights = convert.read_pickle(tmp_path / "a.pth")
+    assert str(tmp_path / "a.pth") in Path("/proc/self/maps").read_text()
+    assert torch.equal(weights["a"], torch.ones(100_000))
 
 
 # --------------------------------------------------------------------------- transformers and peft
@@ -476,13 +485,13 @@ def test_the_merged_folders_compute_the_same_in_transformers(published):
     prompts = list(model.llm.embed(IDS))
     answers = beam_search(model.llm, prompts, [EOS], SearchOptions(beams=1, max_new_tokens=8))
     export(model, published / "out")
-    assert_close(model.speech_encoder(MEL), states)  # merged by now
+    assert_close(model.speech_encoder(MEL), states)  # merged by export
     assert_close(model.llm(IDS), logits)
 
-    whisper, about = transformers.WhisperForConditionalGeneration.from_pretrained(
+    whisper, faults = transformers.WhisperForConditionalGeneration.from_pretrained(
         published / "out" / "whisper", output_loading_info=True
     )
-    assert not any(about.values()), about
+    assert not any(faults.values()), faults
     assert_close(whisper.eval().model.encoder(MEL).last_hidden_state, states)
     before = load_file(published / "whisper" / "model.safetensors")
     after = load_file(published / "out" / "whisper" / "model.safetensors")
@@ -490,10 +499,10 @@ def test_the_merged_folders_compute_the_same_in_transformers(published):
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(".encoder.layers." in name for name in changed)
 
-    llama, about = transformers.LlamaForCausalLM.from_pretrained(
+    llama, faults = transformers.LlamaForCausalLM.from_pretrained(
         published / "out" / "llama", output_loading_info=True
     )
-    assert not any(about.values()), about
+    assert not any(faults.values()), faults
     assert_close(llama.eval()(IDS).logits, logits)
     generated = llama.generate(
         IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=8, do_sample=False,
@@ -540,10 +549,10 @@ def test_an_adapter_written_by_peft_is_read(published):
     assert_close(model.llm(IDS), theirs(IDS).logits)
 
 
-# ------------------------------------------------------------------------------------ out and back
+# ------------------------------------------------------------------------------- export and import
 
 
-def test_exported_and_imported_again_nothing_has_changed(bases, monkeypatch, capsys):
+def test_a_model_is_the_same_after_export_and_import(bases, monkeypatch, capsys):
     model = trained_model(bases)
     model.save_pretrained(bases / "run")
     assert command(monkeypatch, "export", bases / "run", "--out", bases / "out") == 0
@@ -575,10 +584,12 @@ def test_an_export_keeps_the_tokenizer_and_its_template(bases):
 
 
 @pytest.mark.parametrize("merged", ["whisper", "llama"])
-def test_an_import_onto_merged_bases_is_refused(bases, monkeypatch, capsys, merged):
+def test_an_import_on_merged_base_models_is_refused(bases, monkeypatch, capsys, merged):
     export(trained_model(bases), bases / "out")
-    at = {name: bases / name for name in ("whisper", "llama")} | {merged: bases / "out" / merged}
-    words = ["import", bases / "out", "--encoder", at["whisper"], "--llm", at["llama"]]
+    folders = {name: bases / name for name in ("whisper", "llama")}
+    folders[merged] = bases / "out" / merged
+    words = ["import", bases / "out", "--encoder", folders["whisper"]]
+    words += ["--llm", folders["llama"]]
     assert command(monkeypatch, *words, "--out", bases / "back") == 2
     assert "was trained on another" in capsys.readouterr().err
     assert not (bases / "back").exists()
@@ -600,13 +611,13 @@ def test_the_merged_folders_are_a_llast_without_lora(bases):
     assert_close(merged.llm.hidden(merged.splice(ids, speech, 2)[None])[0], expected)
 
 
-def test_what_is_there_is_not_written_over(bases, monkeypatch, capsys):
+def test_an_existing_folder_is_not_overwritten(bases, monkeypatch, capsys):
     trained_model(bases).save_pretrained(bases / "run")
     assert command(monkeypatch, "export", bases / "run", "--out", bases / "llama") == 2
     assert "llama is there already; name another folder" in capsys.readouterr().err
 
 
-def test_what_fails_half_way_leaves_nothing(bases, monkeypatch, capsys):
+def test_a_command_that_fails_leaves_no_files(bases, monkeypatch, capsys):
     trained_model(bases).save_pretrained(bases / "run")
     export(trained_model(bases), bases / "whole")
     back = ["import", bases / "whole", "--encoder", bases / "whisper", "--llm", bases / "llama"]
@@ -620,7 +631,7 @@ def test_what_fails_half_way_leaves_nothing(bases, monkeypatch, capsys):
             patch.setattr(convert, "save_file", fail)
             assert command(patch, *words, "--out", bases / "out") == 2
         assert capsys.readouterr().err == "convert.py: I/O error: No space left on device\n"
-        assert not (bases / "out").exists()
+        assert not [file for file in bases.iterdir() if "out" in file.name]
 
 
 @pytest.mark.parametrize("name", ["llm-lora/adapter_model", "projector", "encoder-lora/adapter"])
@@ -713,7 +724,7 @@ def import_words(bases: Path, source: Path) -> list:
 
 
 @pytest.mark.parametrize("nesting", ["deepspeed", "state_dict", ""])
-def test_a_checkpoint_of_the_original_lands_completely(bases, monkeypatch, nesting):
+def test_every_tensor_of_an_original_checkpoint_is_imported(bases, monkeypatch, nesting):
     model = trained_model(bases)
     source = write_original(bases / "theirs", as_original(model), nesting)
     assert command(monkeypatch, *import_words(bases, source)) == 0
@@ -726,7 +737,7 @@ def test_a_checkpoint_of_the_original_lands_completely(bases, monkeypatch, nesti
     assert config.tasks == ("st", "asr")
 
 
-def test_any_tensor_missing_extra_or_of_another_shape_is_refused(bases, monkeypatch, capsys):
+def test_a_faulty_tensor_of_an_original_checkpoint_is_refused(bases, monkeypatch, capsys):
     whole = as_original(trained_model(bases))
     names = [name for name in whole if ".decoder." not in name]
     for i, name in enumerate(names[::5]):
@@ -734,10 +745,7 @@ def test_any_tensor_missing_extra_or_of_another_shape_is_refused(bases, monkeypa
             tensors = {k: v for k, v in (whole | change).items() if v is not None}
             source = write_original(bases / f"theirs{i}", tensors, "")
             assert command(monkeypatch, *import_words(bases, source)) == 2
-            told = capsys.readouterr().err
-            assert any(word in told for word in ("missing", "unexpected", "other shape or type")), (
-                told
-            )
+            assert "tensors do not fit the configuration" in capsys.readouterr().err
     assert not (bases / "imported").exists()
 
 
