@@ -465,8 +465,7 @@ class Batches:
                 f"none of {len(examples)} rows fits in --batch {self.budget} positions"
             )
         examples = [e for e in examples if self.size_of(e) <= self.budget]
-        # One position more than a row has: the scores in tiny/README.md are of these batches.
-        return group(examples, lambda e: self.size_of(e) + 1, self.budget, self.seed, epoch)
+        return group(examples, self.size_of, self.budget, self.seed, epoch)
 
     def load(self, examples: list[Example]) -> Batch | None:
         """A batch of these examples without those whose clip fails; None if all clips fail."""

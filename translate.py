@@ -12,6 +12,7 @@ T text tokens, S audio positions.
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -24,7 +25,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-import whisper_encoder
 from data import Row, end_id, parse_directions, prompt_for, prompt_ids, read_corpus, write_table
 from llama import Cache, Llama
 from llast import LLaST, explain_out_of_memory, pick_device
@@ -32,6 +32,9 @@ from lora import merge_lora
 from whisper_encoder import MAX_SECONDS, SAMPLE_RATE, AudioError, audio_seconds, load_audio
 
 HERE = Path(__file__).parent
+# Suffixes of the files that libsndfile can read, and of those that must be converted first.
+AUDIO_FILES = tuple(".wav .flac .ogg .oga .opus .mp3 .mp2 .aif .aiff .au .caf .w64 .sph".split())
+OTHER_AUDIO_FILES = tuple(".m4a .mp4 .aac .webm .wma .amr .3gp .mka .mkv .mov".split())
 
 # Languages without spaces between words, and the tokenizer of sacreBLEU for each. The others have
 # the tokenizer 13a. The original has the same ones. BLEU with another tokenizer is not comparable.
@@ -392,9 +395,8 @@ def metrics(target: str) -> dict:
     try:
         bleu, lower = (sacrebleu.BLEU(tokenize=tokenizer, lowercase=lc) for lc in (False, True))
     except RuntimeError as error:
-        raise ValueError(
-            f'no tokenizer {tokenizer} for BLEU: pip install "sacrebleu[ja]"'
-        ) from error
+        package = 'pip install "sacrebleu[ja]"'
+        raise ValueError(f"BLEU of {target} needs the tokenizer {tokenizer}: {package}") from error
     return {"bleu": bleu, "bleu_lc": lower, "chrf": sacrebleu.CHRF()}
 
 
@@ -483,9 +485,10 @@ def clips_in(folder: Path) -> list[Path]:
     """The audio files of a folder. Those of a format that cannot be read are named."""
     files = sorted(folder.iterdir())
     for file in files:
-        if file.suffix.lower() in whisper_encoder.OTHER_AUDIO_FILES:
-            print(f"skipped {file}: {whisper_encoder.CONVERT}", file=sys.stderr)
-    return [file for file in files if file.suffix.lower() in whisper_encoder.AUDIO_FILES]
+        if file.suffix.lower() in OTHER_AUDIO_FILES:
+            command = shlex.join(["ffmpeg", "-i", str(file), str(file.with_suffix(".flac"))])
+            print(f"skipped {file}; convert it with: {command}", file=sys.stderr)
+    return [file for file in files if file.suffix.lower() in AUDIO_FILES]
 
 
 def choose_direction(model: LLaST, lang: str | None, folder: Path, task: str) -> tuple[str, str]:
@@ -499,9 +502,7 @@ def choose_direction(model: LLaST, lang: str | None, folder: Path, task: str) ->
         fitting = list(dict(fitting).items())
     if len(fitting) != 1:
         names = ", ".join(model.config.directions)
-        raise ValueError(
-            f"--lang is {lang or 'missing'}; {folder} was trained on {names}: name one"
-        )
+        raise ValueError(f"--lang is {lang or 'missing'}; {folder} has {names}: name one")
     return fitting[0]
 
 

@@ -40,9 +40,6 @@ WINDOWS = ("30s", "clip")
 MAX_PEAK = 32  # times full scale, 30 dB above any normal recording
 MIN_RATE, MAX_RATE = 1_000, 400_000  # samples per second
 UNKNOWN = 1 << 40  # libsndfile reports more samples than this if it does not know the length
-# Suffixes of the files that libsndfile can read, and of those that need CONVERT first.
-AUDIO_FILES = tuple(".wav .flac .ogg .oga .opus .mp3 .mp2 .aif .aiff .au .caf .w64 .sph".split())
-OTHER_AUDIO_FILES = tuple(".m4a .mp4 .aac .webm .wma .amr .3gp .mka .mkv .mov".split())
 CONVERT = "convert it with ffmpeg -i FILE OUTPUT.flac"
 
 
