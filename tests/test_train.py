@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,10 @@ def new_model(settings, rows, seed=0):
 
 
 def run(monkeypatch, *flags) -> int:
+    # Models after a few steps write long nonsense, which takes most of the time of a test.
+    short = partial(SearchOptions, max_new_tokens=12)
+    monkeypatch.setattr(train, "SearchOptions", short)
+    monkeypatch.setattr(train, "ONE_BEAM", short(beams=1))
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
     return train.main()
 
