@@ -14,7 +14,7 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -92,11 +92,9 @@ def open_audio(path: Path) -> soundfile.SoundFile:
         if path.suffix.lower() == ".mp3" and not re.match(rb"$|ID3|\xff|RIFF|OggS|fLaC|FORM", data):
             data = MP3_FRAME + data  # other bytes first: the decoder then looks for the next frame
         file = open_bytes(data)
-    except OSError as error:
-        raise AudioError(path, f"not readable ({error.strerror})") from error
-    except soundfile.LibsndfileError as error:
-        reason = "no sound in a format that libsndfile reads" if data else "the file is empty"
-        raise AudioError(path, reason) from error
+    except (OSError, soundfile.LibsndfileError) as error:
+        reason = getattr(error, "strerror", "no sound in a format that libsndfile reads")
+        raise AudioError(path, reason if path.stat().st_size else "the file is empty") from error
     if fault := find_fault(file, data):
         raise AudioError(path, fault)
     return file
@@ -116,7 +114,7 @@ def find_fault(file: soundfile.SoundFile, data: bytes) -> str:
     return ""
 
 
-def read_blocks(path: Path, file: soundfile.SoundFile) -> Iterator[Tensor]:
+def read_blocks(path: Path, file: soundfile.SoundFile):
     """Decode an open file to its end. Yields (samples, channels)."""
     n = 0
     try:
@@ -140,17 +138,32 @@ def is_mp3(data: bytes) -> bool:
         return False
 
 
-def audio_seconds(path) -> float:
+def in_thread(read):
+    """Run a function that reads a file in a thread of its own.
+
+    libsndfile calls Python code to get the bytes. Ctrl-C raises its error in the main thread only;
+    there it could hit this code, and an error inside such a call is lost.
+    """
+
+    def run(path):
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(read, Path(path)).result()
+
+    return run
+
+
+@in_thread
+def audio_seconds(path: Path) -> float:
     """Exact length of a clip. Only a file that does not state its length is decoded."""
-    with open_audio(path := Path(path)) as file:
-        if file.frames < UNKNOWN:
-            return file.frames / file.samplerate
-        return sum(len(block) for block in read_blocks(path, file)) / file.samplerate
+    with open_audio(path) as file:
+        n = file.frames if file.frames < UNKNOWN else sum(map(len, read_blocks(path, file)))
+    return n / file.samplerate
 
 
-def load_audio(path) -> Tensor:
+@in_thread
+def load_audio(path: Path) -> Tensor:
     """Waveform of a sound file: 16 kHz, mono, full scale 1. -> (N,)"""
-    with open_audio(path := Path(path)) as file:
+    with open_audio(path) as file:
         samples = torch.cat([torch.empty(0, file.channels), *read_blocks(path, file)])
     audio = samples.mean(dim=1)  # (N,)
     if len(audio) == 0:
@@ -377,8 +390,7 @@ class WhisperEncoder(nn.Module):
         With n, the last layer computes only the first n states: (B, n, Da). They still attend to
         all S. For a short clip in a window of 30 s this saves most of that layer.
         """
-        B, M, frames = mel.shape
-        S, most = frames // 2, self.config.max_source_positions
+        S, most = mel.shape[2] // 2, self.config.max_source_positions
         if S > most:
             raise ValueError(f"a clip has {S} states; this encoder takes {most}: split the clip")
         can_attend = None

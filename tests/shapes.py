@@ -4,6 +4,7 @@ import ast
 import io
 import re
 import sys
+import threading
 import tokenize
 from pathlib import Path
 
@@ -90,7 +91,9 @@ class Checker:
         """Call `work` and check what it executes."""
         before = sys.gettrace()
         sys.settrace(self)
+        threading.settrace(self)  # sound files are read in a thread
         try:
             work()
         finally:
             sys.settrace(before)
+            threading.settrace(None)

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 import unicodedata
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import make_golden
+import whisper_encoder
 from make_golden import FRAMES, GOLDEN, SHORT
 from toys import FAULTS, INTEGERS, WHISPER, fill, made_up, shard, tone, whisper_folder, write
 from whisper_encoder import (
@@ -196,6 +198,19 @@ def test_a_wav_file_with_an_unknown_size_is_read(tmp_path):
     data[4:8] = data[at + 4 : at + 8] = b"\xff" * 4  # as ffmpeg writes it into a pipe
     (tmp_path / "pipe.wav").write_bytes(data)
     assert torch.equal(load_audio(tmp_path / "pipe.wav"), load_audio(tmp_path / "a.wav"))
+
+
+@pytest.mark.parametrize("read", (load_audio, audio_seconds))
+def test_files_are_read_in_a_thread_where_ctrl_c_cannot_be_lost(tmp_path, monkeypatch, read):
+    threads, open_bytes = [], whisper_encoder.open_bytes
+
+    def watched(data):
+        threads.append(threading.current_thread())
+        return open_bytes(data)
+
+    monkeypatch.setattr(whisper_encoder, "open_bytes", watched)
+    read(write(tmp_path / "a.wav", tone(440, 16000)))
+    assert threads and threading.main_thread() not in threads
 
 
 def test_file_names_need_not_be_utf8(tmp_path):
