@@ -4,7 +4,8 @@
     python train.py --preset llast-8b          a system of the paper
 
 Read it in this order: presets, flags, corpora, scores, the loop, the run. The loss itself is in
-llast.py. A notebook needs only train_epochs, which writes no file and prints nothing.
+llast.py. In a notebook, call LLaST.fresh(model_config(settings)), make_batches and train_epochs.
+They write no files and print nothing.
 """
 
 import argparse
@@ -30,79 +31,84 @@ from translate import SearchOptions, describe, metrics, read_splits, score_rows,
 from whisper_encoder import WINDOWS
 
 HERE = Path(__file__).parent
-LESS = "a smaller --batch with a larger --accumulate, or --recompute all, needs less"
-SMALLER = "smaller models (--encoder, --llm) need less"
+ADVICE_TRAINING = "use a smaller --batch and a larger --accumulate, or --recompute all"
+ADVICE_MODELS = "use smaller models (--encoder, --llm)"
 ONE_BEAM = SearchOptions(beams=1)  # for the dev scores, because it is fast
+TINY, WEIGHTS = HERE / "tiny", HERE / "weights"
 
 # ------------------------------------------------------------------------------------------ presets
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Every choice of a training run that does not depend on the machine."""
+    """The settings of a training run."""
 
     encoder: Path  # folder of a Whisper checkpoint
     llm: Path  # folder of a Llama checkpoint
     data: Path  # folder of the corpus
-    lang: str  # directions, as --lang takes them
-    template: str  # the prompt as this LLM knows it, see data.TEMPLATES
-    window: str  # "30s": audio is padded to what Whisper was trained on; "clip": it is not
+    lang: str  # directions, written as for --lang
+    template: str  # format of the prompt that this LLM was trained with, see data.TEMPLATES
+    window: str  # "30s": pad audio to 30 s, as in Whisper's training; "clip": do not pad
 
-    # A LoRA of a larger rank can learn a larger change. 0 leaves this model as it is.
+    # A LoRA of a larger rank can learn a larger change. 0: no LoRA in this model.
     encoder_rank: int
     llm_rank: int
-    dropout: float  # share of LoRA's inputs that are 0 in a step, against overfitting
-    # The share of clips that are also transcribed. A transcript says which words are in the audio,
-    # so the encoder and the projector learn more from each clip.
+    dropout: float  # share of LoRA's inputs that are set to 0 at random, against overfitting
+    # The share of clips that the model also learns to transcribe. The paper calls this
+    # ASR-augmented training: a transcript says which words are in the audio.
     asr: float
 
-    # The step of AdamW. The learning rate rises for the first `warmup` of all steps: a new
-    # projector gives the LLM random input, and AdamW's averages begin with very few gradients.
-    # Then it falls to 0, because large steps at the end would only follow the latest batches.
-    lr: float  # the peak
-    schedule: str  # how it falls: linear or cosine
-    warmup: float  # share of all steps
-    # A batch is limited in positions of the LLM, speech and text: rows differ in length, so a
-    # number of rows would say little about the memory. Accumulation makes a step of several.
-    batch: int  # positions in a batch
+    # First the learning rate rises (warm-up): a new projector gives the LLM random input, and AdamW
+    # has seen few gradients (see `betas`). Then it falls towards 0: with large steps, the final
+    # weights would depend too much on the last few batches.
+    lr: float  # the highest learning rate
+    schedule: str  # how the learning rate falls: linear or cosine
+    warmup: float  # share of all steps in which it rises
+    # The size of a batch is given in positions of the LLM (speech and text), because rows differ in
+    # length and the memory depends on the positions. With accumulation, several batches make one
+    # step.
+    batch: int  # largest number of positions in a batch
     accumulate: int  # batches in a step
-    recompute: str  # models that keep no activations: less memory, more time; none, llm, all
+    recompute: str  # activation checkpointing: none, llm (only the LLM), all (also the encoder)
     epochs: int  # passes over all clips
     beams: int  # for the test scores
 
-    # The change of a LoRA is multiplied by alpha / rank. The original's alpha is half of the rank.
+    # alpha / rank. LoRA multiplies its change by this number (see lora.py). The original has 0.5.
     alpha_per_rank: float = 0.5
-    # AdamW keeps two averages for each trained number: of its gradients and of their squares. A
-    # step is lr * first / sqrt(second), so its size depends little on the scale of the gradients.
-    # Each average keeps these shares of its old value in a step.
+    # For each weight, AdamW keeps a running average m of the gradient and a running average v of
+    # its square. A step changes the weight by about lr * m / sqrt(v), so the size of the change
+    # depends little on the scale of the gradients. `betas` are the shares of the old m and of the
+    # old v that are kept in each step.
     betas: tuple[float, float] = (0.9, 0.999)
-    # Weight decay pulls each trained number towards 0. For LoRA that is towards "no change", which
-    # a low rank and few epochs already stay close to. The original has none either.
+    # Weight decay pulls each trained weight towards 0. For LoRA, 0 means no change of the model. A
+    # low rank and few epochs already limit the change, so we use no weight decay. The original
+    # uses none either.
     weight_decay: float = 0.0
-    # A longer gradient is shortened to this length. Otherwise one unusual batch would fill AdamW's
-    # averages for many steps. 1.0 is also the original's value.
+    # If the norm of the gradient is larger than this, the gradient is scaled down to this norm.
+    # Otherwise one unusual batch would change AdamW's averages for many steps. The original also
+    # uses 1.0.
     clip_norm: float = 1.0
-    # Clips of each direction that are scored after every epoch. To score all of CoVoST-2's dev
-    # clips would take hours.
+    # Dev clips of each direction that are scored after every epoch. Scoring all dev clips of
+    # CoVoST-2 after every epoch would be slow.
     dev_clips: int = 500
-    # The share of an epoch's clips that may fail to load; five may always. More than that is not a
-    # few broken files, but for example a disk that is gone.
+    # If more than this share of the training clips cannot be read, the training ends: the cause may
+    # be a lost disk, not a few broken files. Up to five such clips are always allowed.
     max_failed: float = 0.01
 
 
-# The paper's systems have every number of the original's released configurations
-# (workspace/llast_2b_tinyllama_chat.py, llast_8b_llama2_chat.py; there is none for the 14B, so it
-# takes those of the 8B), with three differences. A batch there is 16 rows of any length, here it is
-# a budget of about as many positions. The learning rate falls along a cosine there; the paper says
-# linear, so this does (--schedule cosine gives the other). Their frozen LLM has 4 bits, ours 16.
-TINY, WEIGHTS = HERE / "tiny", HERE / "weights"
+# The numbers of the paper's systems are those of the original's released configurations
+# (workspace/llast_2b_tinyllama_chat.py, llast_8b_llama2_chat.py). There is no file for the 14B
+# system: it uses the numbers of the 8B system. Three settings are different:
+# 1. Batch: 16 rows of any length in the original, a limit of about as many positions here.
+# 2. Schedule: cosine in the original, linear in the paper and here. --schedule cosine changes it.
+# 3. Frozen LLM: 4 bits in the original, bfloat16 (GPU) or float32 (CPU) here.
 PAPER = dict(
     encoder=WEIGHTS / "whisper-large-v2", data=HERE / "corpus", lang="paper", window="30s",
     encoder_rank=128, llm_rank=512, dropout=0.05, asr=1.0, lr=2e-4, schedule="linear", warmup=0.03,
     batch=6400, accumulate=2, recompute="all", epochs=1, beams=5,
 )  # fmt: skip
 PRESETS = {
-    # Small models learn from larger steps, and they fit into memory without tricks.
+    # Small models can use a higher learning rate and need no activation checkpointing.
     "tiny": Preset(
         encoder=TINY / "whisper", llm=TINY / "llama", data=TINY / "corpus", lang="fr",
         template="llama2", window="clip", encoder_rank=16, llm_rank=16, dropout=0.0, asr=1.0,
@@ -113,7 +119,7 @@ PRESETS = {
     "llast-8b": Preset(llm=WEIGHTS / "Llama-2-7b-chat-hf", template="llama2", **PAPER),
     "llast-14b": Preset(llm=WEIGHTS / "Llama-2-13b-chat-hf", template="llama2", **PAPER),
 }  # fmt: skip
-PUBLIC = {  # folder: where it is published, what to download of it
+DOWNLOADS = {  # name of a folder: (Hugging Face repository, files or options for `hf download`)
     "whisper-large-v2": ("openai/whisper-large-v2", "config.json model.safetensors"),
     "TinyLlama-1.1B-Chat-v1.0": ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "--exclude '*.bin'"),
     "Llama-2-7b-chat-hf": ("NousResearch/Llama-2-7b-chat-hf", "--exclude '*.bin'"),
@@ -121,22 +127,22 @@ PUBLIC = {  # folder: where it is published, what to download of it
 }
 
 
-def fetch(folder: Path) -> str:
+def download_command(folder: Path) -> str:
     """The command that downloads a public checkpoint to the folder where a preset expects it."""
-    name, files = PUBLIC[folder.name]
+    name, files = DOWNLOADS[folder.name]
     return f"hf download {name} {files} --local-dir {short(folder)}"
 
 
 def short(path: Path) -> str:
-    """The path as a user would type it in the current folder."""
+    """The path relative to the current folder if it is inside it, otherwise the whole path."""
     return os.path.relpath(path) if path.absolute().is_relative_to(Path.cwd()) else str(path)
 
 
 def model_config(settings: Preset) -> LLaSTConfig:
     """The part of the settings that is saved with the model."""
-    shared = {k: v for k, v in asdict(settings).items() if k in LLaSTConfig.__dataclass_fields__}
+    values = asdict(settings) | {"encoder": str(settings.encoder), "llm": str(settings.llm)}
     return LLaSTConfig(
-        **shared | {"encoder": str(settings.encoder), "llm": str(settings.llm)},
+        **{k: v for k, v in values.items() if k in LLaSTConfig.__dataclass_fields__},
         encoder_alpha=settings.alpha_per_rank * settings.encoder_rank,
         llm_alpha=settings.alpha_per_rank * settings.llm_rank,
         directions=tuple("-".join(pair) for pair in parse_directions(settings.lang)),
@@ -150,42 +156,43 @@ def model_config(settings: Preset) -> LLaSTConfig:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="tiny", help="options that you leave out [tiny]")
-    add("--lang", help="directions: fr (into English), fr,de, en-de, all, or paper for its nine")
+    add("--preset", choices=PRESETS, default="tiny", help="defaults of the other options [tiny]")
+    add("--lang", help="fr (into English), fr,de, en-de, all, or paper (its nine directions)")
     add("--data", type=Path, help="folder of a corpus that tools/prepare.py wrote")
     add("--encoder", type=Path, help="folder of a Whisper checkpoint")
     add("--llm", type=Path, help="folder of a Llama checkpoint")
     add("--out", type=Path, help="folder to write [runs/LANG]")
-    add("--template", choices=TEMPLATES, help="how the prompt is written")
-    add("--window", choices=WINDOWS, help="audio for the encoder: padded to 30 s, or the clip")
+    add("--template", choices=TEMPLATES, help="format of the prompt; it must fit the LLM")
+    add("--window", choices=WINDOWS, help="30s: pad every clip to 30 s; clip: do not pad")
     add("--encoder-rank", type=int, help="rank of the encoder's LoRA; 0 switches it off")
     add("--llm-rank", type=int, help="rank of the LLM's LoRA; 0 switches it off")
-    add("--dropout", type=float, help="share of LoRA's inputs that are dropped in training")
+    add("--dropout", type=float, help="share of LoRA's inputs that are set to 0 at random")
     add("--asr", type=float, help="share of clips that are also transcribed, 0 to 1")
-    add("--clips", type=int, help="train on the first so many clips of each direction")
+    add("--clips", type=int, help="use only the first CLIPS train clips of each direction")
     add("--epochs", type=int, help="passes over all clips")
-    add("--lr", type=float, help="peak of the learning rate")
-    add("--schedule", choices=("linear", "cosine"), help="how the learning rate falls to 0")
-    add("--batch", type=int, help="positions (speech and text) in a batch")
+    add("--lr", type=float, help="highest learning rate")
+    add("--schedule", choices=("linear", "cosine"), help="how the learning rate falls")
+    add("--batch", type=int, help="largest number of positions (speech and text) in a batch")
     add("--accumulate", type=int, help="batches in one step of the optimizer")
-    add("--recompute", choices=("none", "llm", "all"), help="models that keep no activations")
+    add("--recompute", choices=("none", "llm", "all"), help="models with activation checkpointing")
     add("--max-failed", type=float, help="share of clips that may fail to load [0.01]")
     add("--compile", action="store_true", help="compile each layer; on a CPU it needs g++")
-    add("--seed", type=int, default=0, help="the number that all randomness depends on [0]")
+    add("--seed", type=int, default=0, help="random seed [0]")
     return parser
 
 
 def with_flags(preset: Preset, args: argparse.Namespace) -> Preset:
-    """The preset with the values of the command line, which are checked."""
+    """The preset, changed by the options of the command line. A value out of range is an error."""
     flags = {k: v for k, v in vars(args).items() if k in asdict(preset) and v is not None}
     settings = replace(preset, **flags)
-    values = asdict(settings) | {"clips": 1 if args.clips is None else args.clips}
+    values = asdict(settings) | {"clips": args.clips}
     limits = dict.fromkeys(("epochs", "clips", "batch", "accumulate"), (1, math.inf))
     limits |= dict.fromkeys(("encoder_rank", "llm_rank"), (0, math.inf))
     limits |= dict.fromkeys(("asr", "dropout", "max_failed"), (0, 1)) | {"lr": (1e-9, 1)}
     for name, (low, high) in limits.items():
-        if not low <= values[name] <= high:
-            raise ValueError(f"--{name.replace('_', '-')} is {values[name]}; use {low} to {high}")
+        if values[name] is not None and not low <= values[name] <= high:
+            rule = f"at least {low}" if high == math.inf else f"{low} to {high}"
+            raise ValueError(f"--{name.replace('_', '-')} is {values[name]}; it must be {rule}")
     return settings
 
 
@@ -193,14 +200,18 @@ def with_flags(preset: Preset, args: argparse.Namespace) -> Preset:
 
 
 def read_corpora(settings: Preset, clips: int | None) -> dict[str, list[Row]]:
-    """The rows of all directions by split. If `clips` is given, only so many train rows of each."""
+    """The rows of all directions, by split.
+
+    If `clips` is a number, only the first `clips` train rows of each direction are used.
+    """
     splits = {"train": [], "dev": [], "test": []}
     for source, target in parse_directions(settings.lang):
-        metrics(target)  # a missing tokenizer for the scores is an error now, not after the run
+        metrics(target)  # check now that BLEU can be computed, not after hours of training
         rows = read_splits(settings.data, source, target)
+        # A test clip that cannot be read stays in the rows with 0 seconds.
         if empty := [split for split in splits if not any(row.seconds for row in rows[split])]:
             corpus = f"the {source}-{target} corpus in {settings.data}"
-            raise ValueError(f"{corpus} has no usable clips for {' and '.join(empty)}")
+            raise ValueError(f"{corpus} has no usable clips for {' and '.join(empty)}; add some")
         splits["train"] += rows["train"][:clips]
         splits["dev"] += rows["dev"][: settings.dev_clips]
         splits["test"] += rows["test"]
@@ -208,6 +219,7 @@ def read_corpora(settings: Preset, clips: int | None) -> dict[str, list[Row]]:
 
 
 def by_direction(rows: list[Row]) -> dict[str, list[Row]]:
+    """Group rows by direction, for example "fr-en"."""
     directions = {}
     for row in rows:
         directions.setdefault(f"{row.source}-{row.target}", []).append(row)
@@ -215,17 +227,20 @@ def by_direction(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def print_corpora(splits: dict[str, list[Row]], batches: Batches, dev: Batches):
-    """Print clips and minutes by direction and split, and the tasks of the first epoch."""
+    """Print clips and minutes by direction and split.
+
+    Every clip is translated. `transcribe` counts the transcription examples of the first epoch.
+    """
+    # groups() also finds the rows that are longer than a batch.
     examples = [example for group in batches.groups(0) + dev.groups(0) for example in group]
     transcribed = by_direction([example.row for example in examples if example.task == "asr"])
-    columns = "{:12}{:8}{:>8}{:>10}{:>12}{:>12}"
-    header = "direction", "split", "clips", "minutes", "translate", "transcribe"
-    print("\n" + columns.format(*header))
+    layout = "{:12}{:8}{:>8}{:>10}{:>12}{:>12}"
+    print("\n" + layout.format("direction", "split", "clips", "minutes", "translate", "transcribe"))
     for split, rows in splits.items():
         for direction, group in sorted(by_direction(rows).items()):
             minutes = f"{sum(row.seconds for row in group) / 60:.1f}"
             n, n_asr = len(group), len(transcribed.get(direction, ())) if split == "train" else 0
-            print(columns.format(direction, split, f"{n:,}", minutes, f"{n:,}", f"{n_asr:,}"))
+            print(layout.format(direction, split, f"{n:,}", minutes, f"{n:,}", f"{n_asr:,}"))
     print(describe_overlap(splits["train"], splits["test"]))
     if too_long := batches.too_long + dev.too_long:
         first = ", ".join(f"{example.row.path} ({example.task})" for example in too_long[:5])
@@ -238,11 +253,14 @@ def print_corpora(splits: dict[str, list[Row]], batches: Batches, dev: Batches):
 
 @torch.inference_mode()
 def dev_scores(model: LLaST, dev: Batches) -> dict[str, float]:
-    """Mean loss of an answer token for translation, and BLEU of each direction with one beam."""
+    """The mean loss of an answer token of the dev translations, and BLEU of each direction.
+
+    BLEU is computed with one beam.
+    """
     model.eval()
     losses = [model(batch) for group in dev.groups(0) if (batch := dev.load(group))]
     if not losses:
-        raise ValueError(f"no dev clip can be read: {', '.join(map(str, dev.skipped))}")
+        raise ValueError(f"no dev clip can be read; fix them: {', '.join(map(str, dev.skipped))}")
     scores = {"dev_loss": round(torch.cat(losses).mean().item(), 4)}
     for direction, rows in by_direction(dev.rows).items():
         scores[f"dev_bleu {direction}"] = score_rows(model, rows, search=ONE_BEAM)["bleu"]
@@ -263,19 +281,21 @@ def print_samples(model: LLaST, rows: list[Row]):
 
 @dataclass
 class Step:
-    """One step of the optimizer, for whoever watches the training."""
+    """Information about one step of the optimizer. train_epochs gives it to after_step."""
 
     number: int  # from 1 to n_steps, over all epochs
     n_steps: int
     epoch: int  # from 1
     lr: float
-    grad_norm: float  # length of the gradient before it was clipped
+    grad_norm: float  # norm (length) of the gradient before clipping
     losses: torch.Tensor  # of every answer token: batch after batch, row after row
     batches: list[Batch]
 
 
 def train_step(model: LLaST, batches: list[Batch], optimizer, clip_norm: float):
-    """Change the trained weights once. -> losses (answer tokens,), length of the gradient
+    """Change the trained weights once.
+
+    Returns the losses of all answer tokens, and the norm of the gradient before clipping.
 
     The losses are divided by the number of tokens of the whole step, so that every token counts
     the same. Example: a batch with the losses 1, 1, 1, 1 and a batch with the loss 6. The mean of
@@ -286,16 +306,16 @@ def train_step(model: LLaST, batches: list[Batch], optimizer, clip_norm: float):
     step_losses = []
     for batch in batches:
         size = f"{len(batch.audio)} rows of {max(batch.positions)} positions"
-        with explain_out_of_memory(f"in training, on a batch of {size}", LESS):
+        with explain_out_of_memory(f"in training, on a batch of {size}", ADVICE_TRAINING):
             losses = model(batch)  # one for each answer token
-            (losses.sum() / n_tokens).backward()  # adds to the gradients of the batches before
+            (losses.sum() / n_tokens).backward()  # is added to the gradients of the earlier batches
         step_losses.append(losses.detach())
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm).item()
     losses = torch.cat(step_losses)
-    if not math.isfinite(grad_norm):  # a step would turn the weights into NaN
-        found = f"the loss is {losses.mean():.4g} and its gradient has length {grad_norm:.4g}"
-        raise ValueError(f"{found}, so this step was not done; try a smaller --lr")
-    with explain_out_of_memory("in a step of the optimizer", SMALLER):
+    if not math.isfinite(grad_norm):  # this step would make the weights NaN
+        problem = f"the loss is {losses.mean():.4g} and its gradient has length {grad_norm:.4g}"
+        raise ValueError(f"{problem}, so this step was not done; try a smaller --lr")
+    with explain_out_of_memory("in a step of the optimizer", ADVICE_MODELS):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return losses, grad_norm
@@ -304,42 +324,46 @@ def train_step(model: LLaST, batches: list[Batch], optimizer, clip_norm: float):
 def train_epochs(model: LLaST, batches: Batches, settings, after_step=None, after_epoch=None):
     """Train the model in place: every epoch is one pass over the examples of `batches`.
 
-    Writes no file and prints nothing. It calls after_step(Step) and after_epoch(number) if they
-    are given. A ValueError ends it if a gradient is not finite or if too many clips are unreadable.
+    It writes no file and prints nothing. It calls after_step(Step) after each step and
+    after_epoch(number) after each epoch, unless they are None. Raises ValueError if a gradient is
+    not finite, or if too many clips cannot be read.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     decay = settings.weight_decay
     optimizer = torch.optim.AdamW(trained, betas=settings.betas, weight_decay=decay, fused=True)
+    # The learning rate depends on the number of all steps.
     sizes = [len(batches.groups(epoch)) for epoch in range(settings.epochs)]
     number, n_steps = 0, sum(math.ceil(size / settings.accumulate) for size in sizes)
-    n_clips, empty_steps = (
-        len({row.path for row in batches.rows}),
-        0,
-    )  # the latest steps without a clip
+    n_clips = len({row.path for row in batches.rows})
+    empty_steps = 0  # steps in a row without a clip that can be read
     for epoch in range(settings.epochs):
         model.train()
         steps = load_steps(batches, epoch, settings.accumulate)
-        for loaded in prefetch(steps, in_thread=model.device.type == "cuda"):
+        for step_batches in prefetch(steps, in_thread=model.device.type == "cuda"):
             number += 1
-            empty_steps = 0 if loaded else empty_steps + 1
+            empty_steps = 0 if step_batches else empty_steps + 1
             check_failures(batches.skipped, n_clips, empty_steps, settings.max_failed)
-            if not loaded:
+            if not step_batches:
                 continue
             lr = optimizer.param_groups[0]["lr"] = learning_rate(number, n_steps, settings)
-            losses, grad_norm = train_step(model, loaded, optimizer, settings.clip_norm)
+            losses, grad_norm = train_step(model, step_batches, optimizer, settings.clip_norm)
             if after_step:
-                after_step(Step(number, n_steps, epoch + 1, lr, grad_norm, losses, loaded))
+                after_step(Step(number, n_steps, epoch + 1, lr, grad_norm, losses, step_batches))
         if after_epoch:
             after_epoch(epoch + 1)
 
 
 def learning_rate(number: int, n_steps: int, settings: Preset) -> float:
-    """The learning rate of step `number` of 1 to n_steps: it rises, then falls to 0."""
+    """The learning rate of step `number`, from 1 to n_steps.
+
+    It rises to settings.lr, then it falls. It would be 0 at step n_steps + 1, so the last step also
+    changes the weights.
+    """
     warmup = max(1, round(settings.warmup * n_steps))
-    left = (n_steps - number + 1) / max(1, n_steps - warmup)
+    share_left = (n_steps - number + 1) / max(1, n_steps - warmup)
     if settings.schedule == "cosine":
-        left = (1 - math.cos(math.pi * min(1, left))) / 2
-    return settings.lr * min(number / warmup, left)
+        share_left = (1 - math.cos(math.pi * min(1, share_left))) / 2
+    return settings.lr * min(number / warmup, share_left)
 
 
 def load_steps(batches: Batches, epoch: int, accumulate: int) -> Iterator[list[Batch]]:
@@ -351,45 +375,50 @@ def load_steps(batches: Batches, epoch: int, accumulate: int) -> Iterator[list[B
 
 
 def prefetch(items: Iterator, in_thread: bool) -> Iterator:
-    """Yield the items; a thread can make each item while the item before it is used.
+    """Yield the items. With in_thread, a thread makes the next item while this one is used.
 
-    Use the thread if a GPU does the training. On a CPU, loading takes the time of the training.
+    This helps if the training runs on a GPU. On a CPU, the training needs all cores itself.
     """
     if not in_thread:
         yield from items
         return
     with ThreadPoolExecutor(1) as thread:
-        future = thread.submit(next, items, None)
+        future = thread.submit(next, items, None)  # gives None after the last item
         while (item := future.result()) is not None:
             future = thread.submit(next, items, None)
             yield item
 
 
 def check_failures(failed: dict[Path, str], n_clips: int, empty_steps: int, max_share: float):
-    """Raise an error if too many clips of the run cannot be read, for example if a disk is gone."""
+    """Raise an error if too many clips of the run cannot be read, for example if a disk is lost.
+
+    Too many: three steps in a row without a clip, or more than five clips and more than max_share.
+    """
     share = len(failed) / n_clips
     if empty_steps < 3 and (len(failed) <= 5 or share <= max_share):
         return
-    first = "".join(f"\n    {path}: {reason}" for path, reason in list(failed.items())[:5])
-    empty = ", and three steps in a row have no clip" if empty_steps == 3 else ""
-    raise ValueError(
-        f"{len(failed)} training clips ({share:.1%}) cannot be read{empty}; repair them or raise "
-        f"--max-failed, now {max_share}. The first:{first}"
-    )
+    reason, advice = f"but --max-failed is {max_share}", "repair them or raise the limit"
+    if empty_steps == 3:
+        reason, advice = "and three steps in a row have no clip", "repair them"
+    first = "".join(f"\n    {path}: {why}" for path, why in list(failed.items())[:5])
+    problem = f"{len(failed)} training clips ({share:.1%}) cannot be read, {reason}"
+    raise ValueError(f"{problem}; {advice}. The first:{first}")
 
 
 # ------------------------------------------------------------------------------------------ the run
 
 
 def run(args: argparse.Namespace) -> int:
-    began = time.time()
+    start_time = time.time()
     settings = with_flags(PRESETS[args.preset], args)
     out = args.out or HERE / "runs" / settings.lang.replace(",", "-")
     check_folders(settings, out)
     splits = read_corpora(settings, args.clips)
-    start_files(args, settings, out)  # loading the models takes minutes: is the disk writable?
+    # Loading the models can take minutes. Report a disk that cannot be written before that.
+    start_files(args, settings, out)
     model = load_model(settings, args)
     batches = make_batches(model, splits["train"], settings, args.seed)
+    # asr=0.0: the dev loss is the loss of translation.
     dev = make_batches(model, splits["dev"], replace(settings, asr=0.0), args.seed)
     print_corpora(splits, batches, dev)
     report = Report(model, dev, settings, out)
@@ -397,39 +426,37 @@ def run(args: argparse.Namespace) -> int:
         with report.bar:
             train_epochs(model, batches, settings, report.after_step, report.after_epoch)
         for path, reason in (batches.skipped | dev.skipped).items():
-            print(f"left out of the loss: {path}: {reason}")
-        finish(model, splits["test"], settings, out, began)
+            print(f"left out, because it cannot be read: {path}: {reason}")
+        finish(model, splits["test"], settings, out, start_time)
     except ValueError as error:
         raise ValueError(f"{error}\n{saved_in(out)}") from error
     except KeyboardInterrupt:
         if report.n_done:
-            model.save_pretrained(out)  # as it is now
+            model.save_pretrained(out)  # with the steps since the last epoch
         print(f"\nstopped by Ctrl-C. {saved_in(out)}", file=sys.stderr)
         return 130
     return 0
 
 
 def saved_in(out: Path) -> str:
-    is_saved = (out / "llast.json").is_file()
-    return f"{'A' if is_saved else 'No'} model is saved in {short(out)}"
+    """The sentence "A model is saved in ..." or "No model is saved in ..."."""
+    return f"{'A' if (out / 'llast.json').is_file() else 'No'} model is saved in {short(out)}"
 
 
 def check_folders(settings: Preset, out: Path):
     """Check that the models exist, and that a run may write to `out`."""
     for base in (settings.encoder, settings.llm):
         if not base.exists():
-            hint = f"; get it with\n    {fetch(base)}" if base.name in PUBLIC else ""
+            hint = f"; get it with\n    {download_command(base)}" if base.name in DOWNLOADS else ""
             raise FileNotFoundError(f"{short(base)} does not exist{hint}")
     files = [path.name for path in out.glob("*")]
     if out.is_file() or "llast.json" in files or (files and "run.json" not in files):
-        raise ValueError(
-            f"{out} holds a trained model or files that are not a run's; name another folder with "
-            "--out, or remove it"
-        )
+        problem = "already has a model" if "llast.json" in files else "is not an empty folder"
+        raise ValueError(f"{out} {problem}; choose another folder with --out")
 
 
 def start_files(args: argparse.Namespace, settings: Preset, out: Path):
-    """Write run.json and an empty log.jsonl. A folder that cannot be written is an error here."""
+    """Write run.json and an empty log.jsonl. Raises OSError if the folder cannot be written."""
     values = {name: getattr(args, name) for name in ("preset", "clips", "seed", "compile")}
     values = json.dumps(values | asdict(settings), default=lambda p: str(p.absolute()), indent=2)
     out.mkdir(parents=True, exist_ok=True)
@@ -438,11 +465,11 @@ def start_files(args: argparse.Namespace, settings: Preset, out: Path):
 
 
 def load_model(settings: Preset, args: argparse.Namespace) -> LLaST:
-    """A new model on the device of this machine. Prints what it is made of."""
+    """A new model, on the GPU if there is one. Also prints its parameter counts."""
     torch.manual_seed(args.seed)
     device, dtype, reason = pick_device()
     print(f"{short(settings.encoder)}, {short(settings.llm)}, {short(settings.data)}; {reason}")
-    with explain_out_of_memory("while loading the models", SMALLER):
+    with explain_out_of_memory("while loading the models", ADVICE_MODELS):
         model = LLaST.fresh(model_config(settings), dtype, device)
     model.speech_encoder.recompute = settings.recompute == "all"
     model.llm.recompute = settings.recompute != "none"
@@ -453,14 +480,14 @@ def load_model(settings: Preset, args: argparse.Namespace) -> LLaST:
 
 
 def print_parts(model: LLaST) -> dict[str, list[int]]:
-    """Print the parameters of each part, trained and frozen. -> part: [trained, frozen]"""
+    """Print and return the number of parameters of each part: {part: [trained, frozen]}."""
     names = {"speech_encoder": "encoder", "projector": "projector", "llm": "LLM"}
     parts = "encoder", "encoder LoRA", "projector", "LLM", "LLM LoRA", "all"
     counts = {part: [0, 0] for part in parts}
     for name, p in model.named_parameters():
         part = names[name.split(".")[0]] + (" LoRA" if "lora_" in name else "")
         for row in (part, "all"):
-            counts[row][not p.requires_grad] += p.numel()
+            counts[row][0 if p.requires_grad else 1] += p.numel()
     print(f"\n{'part':14}{'trained':>14}{'frozen':>16}")
     for part, (trained, frozen) in counts.items():
         print(f"{part:14}{trained:14,}{frozen:16,}")
@@ -468,37 +495,47 @@ def print_parts(model: LLaST) -> dict[str, list[int]]:
 
 
 def make_batches(model: LLaST, rows: list[Row], settings: Preset, seed: int = 0) -> Batches:
+    """The batches of `rows` with the settings of this run."""
     return Batches(rows, settings.asr, model.tokenizer, settings.template, settings.batch, seed)
 
 
 class Report:
-    """What the command does after a step and an epoch: progress bar, log, saving, dev scores."""
+    """What the command does after each step and each epoch of train_epochs.
+
+    After a step: the progress bar and a line in log.jsonl. After an epoch: save the model and
+    print dev scores.
+    """
 
     def __init__(self, model: LLaST, dev: Batches, settings: Preset, out: Path):
         self.model, self.dev, self.epochs, self.out = model, dev, settings.epochs, out
-        self.began, self.n_done, self.log_works = time.perf_counter(), 0, True
+        self.start_time = self.step_start = time.perf_counter()
+        self.n_done, self.log_works = 0, True
+        # disable=None: no progress bar if stderr is not a terminal
         self.bar = tqdm(unit="step", leave=False, dynamic_ncols=True, disable=None)
 
     def after_step(self, step: Step):
-        loss, seconds = step.losses.mean().item(), time.perf_counter() - self.began
+        loss, now = step.losses.mean().item(), time.perf_counter()
+        n_clips = sum(len(batch.audio) for batch in step.batches)
+        rate, self.step_start = n_clips / (now - self.step_start), now
         self.n_done, self.bar.total = step.number, step.n_steps
         self.bar.update()
-        self.bar.set_postfix_str(f"loss {loss:.3f}, lr {step.lr:.1e}")
+        self.bar.set_postfix_str(f"loss {loss:.3f}, lr {step.lr:.1e}, {rate:.1f} clips/s")
         line = {"step": step.number, "epoch": step.epoch, "loss": round(loss, 5), "lr": step.lr}
-        line |= {"grad_norm": round(step.grad_norm, 4), "seconds": round(seconds, 2)}
-        self.log(line | {"clips": sum(len(batch.audio) for batch in step.batches)})
+        line |= {"grad_norm": round(step.grad_norm, 4), "seconds": round(now - self.start_time, 2)}
+        self.log(line | {"clips": n_clips, "clips_per_second": round(rate, 1)})
 
     def after_epoch(self, epoch: int):
         self.model.save_pretrained(self.out)
-        with explain_out_of_memory("on the dev clips", LESS):
+        with explain_out_of_memory("on the dev clips", ADVICE_TRAINING):
             scores = dev_scores(self.model, self.dev)
             self.log({"step": self.n_done, "epoch": epoch} | scores)
             text = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in scores.items())
             tqdm.write(f"epoch {epoch} of {self.epochs}: {text} (one beam)")
             print_samples(self.model, self.dev.rows)
+        self.step_start = time.perf_counter()  # the next step did not begin before
 
     def log(self, line: dict):
-        """Add a line to log.jsonl. If that fails, report it once: the training matters more."""
+        """Add a line to log.jsonl. If the file cannot be written, print this once and continue."""
         try:
             with open(self.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -508,22 +545,24 @@ class Report:
             self.log_works = False
 
 
-def finish(model: LLaST, rows: list[Row], settings: Preset, out: Path, began: float):
+def finish(model: LLaST, rows: list[Row], settings: Preset, out: Path, start_time: float):
     """Write and print the test scores of every direction, and print how to use the model."""
     results, search = {}, SearchOptions(settings.beams)
-    merge_lora(model)  # from here on the model only translates, and merged is faster
+    merge_lora(model)  # From here on the model only translates, and merged weights are faster.
     for direction, group in by_direction(rows).items():
-        with explain_out_of_memory(f"on a test clip, the model is saved in {short(out)}", SMALLER):
+        with explain_out_of_memory(f"on a test clip ({saved_in(out)})", ADVICE_MODELS):
             results[direction] = score_rows(model, group, out / f"test.{direction}.tsv", search)
         print(f"test {describe(direction, results[direction])}")
-    results["seconds"] = seconds = round(time.time() - began, 1)
+    results["seconds"] = seconds = round(time.time() - start_time, 1)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"\n{seconds:.0f} s in all. The model and its scores are in {short(out)}. Try:")
+    # The example is a clip of the last direction.
     print(f"    python translate.py --model {short(out)} --lang {direction} {short(group[0].path)}")
 
 
 def main() -> int:
-    for stream in (sys.stdout, sys.stderr):  # a character that the terminal cannot show is escaped
+    # Print an escape such as \u4e2d for a character that the terminal cannot show.
+    for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args()
     try:
@@ -532,7 +571,7 @@ def main() -> int:
         print("\nstopped", file=sys.stderr)
         return 130
     except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
-        tqdm.write(f"train.py: {error}", file=sys.stderr)  # there may be a bar on this line
+        tqdm.write(f"train.py: {error}", file=sys.stderr)  # a progress bar may be on this line
         return 2
 
 

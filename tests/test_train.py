@@ -127,17 +127,17 @@ def test_rank_0_switches_a_lora_off(toy):
         (("--lang", "german"), "did you mean 'de'"),
         (("--lang", "it"), "no it-en corpus in"),
         (("--data", "/nowhere"), "no fr-en corpus in /nowhere"),
-        (("--asr", "2"), "--asr is 2.0; use 0 to 1"),
-        (("--dropout", "-0.1"), "--dropout is -0.1; use 0 to 1"),
-        (("--max-failed", "nan"), "--max-failed is nan; use 0 to 1"),
-        (("--llm-rank", "-1"), "--llm-rank is -1; use 0"),
+        (("--asr", "2"), "--asr is 2.0; it must be 0 to 1"),
+        (("--dropout", "-0.1"), "--dropout is -0.1; it must be 0 to 1"),
+        (("--max-failed", "nan"), "--max-failed is nan; it must be 0 to 1"),
+        (("--llm-rank", "-1"), "--llm-rank is -1; it must be at least 0"),
         (("--preset", "llast-8b"), "get it with\n    hf download openai/whisper-large-v2"),
         (("--encoder", "/nowhere"), "/nowhere does not exist"),
-        (("--epochs", "0"), "--epochs is 0; use 1"),
-        (("--accumulate", "0"), "--accumulate is 0; use 1"),
-        (("--clips", "0"), "--clips is 0; use 1"),
-        (("--lr", "nan"), "--lr is nan; use"),
-        (("--out", __file__), "holds a trained model or files that are not a run's"),
+        (("--epochs", "0"), "--epochs is 0; it must be at least 1"),
+        (("--accumulate", "0"), "--accumulate is 0; it must be at least 1"),
+        (("--clips", "0"), "--clips is 0; it must be at least 1"),
+        (("--lr", "nan"), "--lr is nan; it must be"),
+        (("--out", __file__), "is not an empty folder; choose another folder with --out"),
         (("--out", f"{__file__}/run", "--clips", 1), "Not a directory"),
     ],
 )
@@ -348,6 +348,7 @@ def test_a_run_writes_the_files_that_the_readme_names(monkeypatch, corpus, tmp_p
     assert results["seconds"] > 0
     steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps if "loss" in line] == list(range(1, len(steps)))
+    assert all(line["clips_per_second"] > 0 for line in steps if "loss" in line)
     assert "dev_loss" in steps[-1]
     assert json.loads((out / "run.json").read_text())["epochs"] == 1
     weights = load_file(out / "llast.safetensors")
@@ -379,7 +380,7 @@ def test_a_folder_with_a_model_or_with_other_files_is_refused_and_not_changed(
         out.mkdir()
         (out / name).write_text("dear")
         assert run(monkeypatch, *flags_for(corpus, out)) == 2
-        assert "name another folder with --out" in capsys.readouterr().err
+        assert "choose another folder with --out" in capsys.readouterr().err
         assert [path.read_text() for path in out.iterdir()] == ["dear"]
 
 
@@ -437,7 +438,10 @@ def test_a_clip_that_breaks_after_the_start_is_left_out_and_named(
     assert run(monkeypatch, *flags_for(corpus, tmp_path / "run")) == 0
     out = capsys.readouterr().out
     for name in broken:
-        assert f"left out of the loss: {corpus}/fr/clips/{name}: the disk lost it" in out
+        assert (
+            f"left out, because it cannot be read: {corpus}/fr/clips/{name}: the disk lost it"
+            in out
+        )
 
 
 def test_dev_clips_that_cannot_be_read_are_an_error(monkeypatch, corpus, tmp_path, capsys):
@@ -445,7 +449,7 @@ def test_dev_clips_that_cannot_be_read_are_an_error(monkeypatch, corpus, tmp_pat
     lose(monkeypatch, dev)
     assert run(monkeypatch, *flags_for(corpus, tmp_path / "none")) == 2
     err = capsys.readouterr().err
-    assert "no dev clip can be read: " in err and dev[0] in err
+    assert "no dev clip can be read; fix them: " in err and dev[0] in err
 
 
 def test_too_many_failed_clips_keep_the_last_good_model(monkeypatch, corpus, tmp_path, capsys):
@@ -490,7 +494,7 @@ def test_out_of_memory_names_the_phase_and_the_options_that_help(
         patch.setattr(train, "dev_scores", lambda *_: {})
         patch.setattr(train, "score_rows", too_much)
         assert run(patch, *flags_for(corpus, tmp_path / "test")) == 2
-    assert "on a test clip, the model is saved in" in capsys.readouterr().err
+    assert "on a test clip (A model is saved in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

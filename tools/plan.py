@@ -19,11 +19,11 @@ from data import CACHE_BYTES, n_positions, parse_directions, read_corpus
 from llama import Llama, LlamaConfig
 from llast import LLaST
 from tools.cost import encoder_flops, llm_flops, projector_flops
-from train import PRESETS, Preset, fetch, model_config, print_parts, short, with_flags
+from train import PRESETS, Preset, download_command, model_config, print_parts, short, with_flags
 from train import build_parser as train_parser
 from whisper_encoder import SAMPLE_RATE, WhisperConfig, WhisperEncoder, n_states
 
-GEOMETRY = {  # config.json of the checkpoints in train.PUBLIC
+GEOMETRY = {  # config.json of the checkpoints in train.DOWNLOADS
     "whisper-large-v2": WhisperConfig(80, 1280, 32, 20, 5120, 1500),
     "TinyLlama-1.1B-Chat-v1.0": LlamaConfig(
         2048, 5632, 22, 32, 4, 64, 32000, 1e-5, 10_000.0, False
@@ -237,7 +237,7 @@ def print_downloads(settings: Preset):
     """Print for the models and the corpus whether they exist, or the command that gets them."""
     print("\nwhat must exist                       and how to get it")
     for base in (settings.encoder, settings.llm):
-        print(f"    {short(base):34}{'(exists)' if base.exists() else fetch(base)}")
+        print(f"    {short(base):34}{'(exists)' if base.exists() else download_command(base)}")
     command = "python tools/prepare.py covost2 --common-voice CV --covost COVOST"
     command += f" --lang {settings.lang} --out {short(settings.data)}"
     print(f"    {short(settings.data):34}{'(exists)' if settings.data.exists() else command}")
