@@ -4,9 +4,9 @@
            ┌──────────┴──────────┐
            │                  dropout
            │                     │
-      W (out, in)             A (R, in)      down to R numbers, starts random
+      W (out, in)             A (R, in)      down to R numbers, starts with random values
         frozen                   │
-           │                 B (out, R)      up to the width of the output, starts at zero
+           │                 B (out, R)      up to the width of the output, starts with zeros
            │                     │
            │                × alpha / R
            └──────────+──────────┘
@@ -14,13 +14,15 @@
 
 Sizes: R rank of the change, much smaller than `in` and `out`.
 
-B starts at zero, so a fresh LoRA changes nothing and training starts from the published model. A
-must not be zero, too: the gradient of B contains A, and the gradient of A contains B, so with two
-zeros neither would ever change. B A x is a sum of R products; the factor alpha / R keeps the sum
-from growing with the rank, so a learning rate that is good for one rank is a good start for others.
+A full change of W would have out * in trained numbers. A and B together have only R * (in + out).
 
-LLaST uses one LoRA in the speech encoder and one in the LLM ("dual LoRA").
-Paper: LoRA (2106.09685). Tests: tests/test_lora.py.
+B starts with zeros, so a new LoRA changes nothing and training starts from the published model. If
+A also started with zeros, nothing would be trained: the gradient of B is a product with A, and the
+gradient of A is a product with B, so both would be zero. B A x is multiplied by alpha / R. LLaST
+sets alpha to R / 2, so this factor is 0.5.
+
+LLaST adds LoRA to the linear layers of the speech encoder and of the LLM, except the LLM's head
+("dual LoRA"). Paper: LoRA (2106.09685). Tests: tests/test_lora.py.
 """
 
 import math
@@ -31,18 +33,22 @@ from torch import Tensor, nn
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with A and B. Its weight and bias keep their values and names."""
+    """A linear layer plus the low-rank path. (..., in) -> (..., out)
+
+    It uses the weight and bias of `linear` under the same names, so checkpoints still fit.
+    """
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float):
         nn.Module.__init__(self)  # nn.Linear.__init__ would create a second weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         # A and B are float32 even if the weight is in half precision: a step of the optimizer is
-        # often too small to change a number in half precision.
+        # often too small to change a number in half precision. In bfloat16, 1 + 0.001 is 1.
         device = linear.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # the same start as in peft
+        # Uniform between -1/sqrt(in) and 1/sqrt(in), as in nn.Linear and in the peft library.
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.scale = alpha / rank
         self.dropout = dropout
         self.merged = False
@@ -50,31 +56,31 @@ class LoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             return F.linear(x, self.weight, self.bias)
-        rows = x.flatten(0, -2)  # (n, in_features)
+        rows = x.flatten(0, -2)  # (n, in_features): addmm_ needs two dimensions
         y = F.linear(rows, self.weight, self.bias)  # (n, out_features)
-        rows = F.dropout(rows, self.dropout, self.training)  # (n, in_features)
-        low = F.linear(rows, self.lora_A.to(x.dtype))  # (n, R)
+        dropped = F.dropout(rows, self.dropout, self.training)  # (n, in_features)
+        low = F.linear(dropped, self.lora_A.to(x.dtype))  # (n, R)
         # addmm_ adds in place. y is large, and separate multiply, scale and add would each read
         # and write all of it.
         y.addmm_(low, self.lora_B.to(y.dtype).T, alpha=self.scale)
         return y.unflatten(0, x.shape[:-1])
 
     @torch.no_grad()
-    def fold(self, sign: int):
-        """Add the change to the weight (sign 1) or subtract it again (sign -1)."""
+    def add_change(self, sign: int):
+        """Add (alpha / R) B A to the weight (sign 1), or subtract it again (sign -1)."""
         change = sign * self.scale * (self.lora_B @ self.lora_A)  # (out_features, in_features)
         self.weight.copy_(self.weight.float() + change)
-        self.merged = sign > 0
+        self.merged = sign == 1
 
 
 def add_lora(module: nn.Module, targets, rank: int, alpha: float, dropout: float) -> list[str]:
-    """Freeze `module` and replace each linear layer whose last name is in `targets`.
+    """Freeze `module`, add a LoRA to its linear layers in `targets`, and return their full names.
 
-    Returns the names of the replaced layers. A target that is not the name of a linear layer is an
-    error.
+    A target is the last part of a full name: "q_proj" for "layers.0.self_attn.q_proj". Raises
+    ValueError if a target matches no linear layer, or if the module already has a LoRA.
     """
     if lora_layers(module):
-        raise ValueError("this module already has a LoRA; a second one would replace it")
+        raise ValueError("this module already has a LoRA; add it only once, to a new model")
     module.requires_grad_(False)
     names = []
     for name, layer in list(module.named_modules()):
@@ -89,25 +95,31 @@ def add_lora(module: nn.Module, targets, rank: int, alpha: float, dropout: float
 
 
 def lora_layers(module: nn.Module) -> list[LoRALinear]:
-    """Every layer of `module` that has a LoRA."""
+    """Return the layers of `module` that have a LoRA."""
     return [layer for layer in module.modules() if isinstance(layer, LoRALinear)]
 
 
 def merge_lora(module: nn.Module, for_good: bool = False):
-    """Add every B A to its weight: the same outputs, as fast as without LoRA.
+    """Add (alpha / R) B A to each weight, so that the layer is as fast as without LoRA.
 
-    `for_good` also deletes A and B, which take gigabytes at the ranks of the paper. After that the
-    model cannot be unmerged or saved.
+    The outputs are the same up to rounding. `for_good` also deletes A and B: with the ranks of the
+    paper they need gigabytes. After that the model cannot be unmerged or saved.
     """
     for layer in lora_layers(module):
         if not layer.merged:
-            layer.fold(1)
+            layer.add_change(1)
         if for_good:
             layer.lora_A = layer.lora_B = None
 
 
 def unmerge_lora(module: nn.Module):
-    """Subtract every B A from its weight again. The weight is exact up to rounding."""
+    """Subtract the change from each weight again.
+
+    Rounding can make a weight slightly different from the original one. Raises ValueError if A and
+    B were deleted.
+    """
     for layer in lora_layers(module):
+        if layer.lora_A is None:
+            raise ValueError("merge_lora deleted A and B of this model; load the model again")
         if layer.merged:
-            layer.fold(-1)
+            layer.add_change(-1)

@@ -239,7 +239,7 @@ def test_rows_that_cannot_be_used_are_named_with_the_reason(corpus):
     _, unusable = data.read_corpus(corpus, "fr", "en")
     wanted = [
         ("train", r"missing\.wav: no such file"),
-        ("train", r"broken\.wav: no sound in a format that"),
+        ("train", r"broken\.wav: not a format that"),
         ("dev", r"long_dev\.wav: 30\.0 s long; the encoder takes 30 s"),
         ("dev", r"empty\.wav: the clip has no samples"),
         ("test", r"wordless\.wav: empty translation \(.*fr-en\.tsv:11\)"),
@@ -719,5 +719,5 @@ def test_a_clip_that_fails_is_left_out_of_its_batch_and_reported(tmp_path, token
     alone = data.collate([Example(good, "st")], tokenizer, "llama2")
     assert batch.ids.tolist() == alone.ids.tolist() and len(batch.audio) == 1
     assert list(batches.skipped) == [bad.path]
-    assert "no sound" in batches.skipped[bad.path]
+    assert "not a format" in batches.skipped[bad.path]
     assert batches.load([Example(bad, "st")]) is None

@@ -635,7 +635,10 @@ def test_special_ids_are_whole_numbers_from_0(tmp_path, value):
 @pytest.mark.parametrize("name", ("config.json", "tokenizer_config.json", "added_tokens.json"))
 def test_a_file_without_a_json_object_is_an_error_that_names_it(tmp_path, name):
     folder = llama_folder(tmp_path / "llama")
-    for text, message in (("{", "is not JSON"), ("[7]", r"must hold a JSON object, found \[7\]")):
+    for text, message in (
+        ("{", "is not JSON"),
+        ("[7]", r"must contain a JSON object, found \[7\]"),
+    ):
         (folder / name).write_text(text)
         with pytest.raises(ValueError, match=f"llama/{name} {message}"):
             Tokenizer(folder)

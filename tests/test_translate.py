@@ -229,8 +229,8 @@ def test_the_drawing_of_the_beam_mask_is_what_the_search_computes():
 BAD = {
     "empty.wav": "the file is empty",
     "missing.wav": "no such file",
-    "nan.wav": "not numbers",
-    "noise.wav": "no sound in a format that",
+    "nan.wav": "must be from -1 to 1",
+    "noise.wav": "not a format that",
 }
 THREE = SearchOptions(3, max_new_tokens=6)
 SHORT = SearchOptions(1, max_new_tokens=2)
