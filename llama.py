@@ -1,14 +1,17 @@
-"""Llama: a decoder-only transformer with a key/value cache, and its sentencepiece tokenizer.
+"""Llama: a decoder-only transformer with a key/value cache, and its tokenizer.
 
     ids (B, T) -> embeddings (B, T, D) -> layers of attention and SwiGLU -> logits (B, T, V)
 
 Papers: Llama 2 (2307.09288), rotary positions (2104.09864), grouped-query attention (2305.13245).
-Names, and the pairs of rotary dimensions, are those of Hugging Face Llama checkpoints, so weights
-load without a table of names. Cached steps give the same states as one full pass, and both give
-those of transformers: tests/test_llama.py.
+The modules have the names of Hugging Face checkpoints, so weights load without renaming. Rotary
+positions use the Hugging Face order: dimension i is paired with dimension i + Dh/2. One pass over
+all tokens and several passes with a cache give the same states, and transformers gives the same
+states, too: see tests/test_llama.py. The tokenizer is sentencepiece: it splits a text into frequent
+words and parts of words ("pieces"), and each piece has an id.
 
-Sizes: B batch, T tokens, L keys of all tokens so far, D width, H query heads, Hk key/value heads,
-G query heads for each key/value head, Dh head width, V vocabulary.
+Sizes: B batch, T tokens of this call (in LLaST this includes the speech, see P in llast.py),
+L keys in the cache and in this call, D width, H query heads, Hk key/value heads, G query heads for
+each key/value head, Dh head width, V vocabulary.
 """
 
 import re
@@ -28,29 +31,42 @@ from whisper_encoder import must_match, read_json, read_tensors, weight_files
 class Cache:
     """Keys and values of every layer, for the positions that later tokens attend to.
 
-    The tensors have room for more positions than they hold. A step writes its keys and values into
-    the free room, so the earlier ones are not copied.
+    The tensors are longer than needed. New keys and values are written into the unused part, so the
+    old ones are not copied at each step.
     """
 
     def __init__(self, layers: list[tuple[Tensor, Tensor]]):
-        self.layers = layers  # keys and values, both (B, Hk, room, Dh)
-        self.length = layers[0][0].shape[2]  # number of positions that are filled
+        self.layers = layers  # keys and values, both (B, Hk, capacity, Dh)
+        # The number of used positions. At first all are used; `reserve` adds unused ones.
+        self.length = layers[0][0].shape[2]
 
     def reserve(self, n: int):
-        """Make room for n more positions. Usually it makes more, so that this is rarely needed."""
-        room = self.layers[0][0].shape[2]
-        if self.length + n > room:
-            more = max(n, room // 2)
-            self.replace(lambda x: F.pad(x, (0, 0, 0, more)))
+        """Make the tensors longer if n more positions do not fit.
+
+        They grow by at least half of their length, so this copy is rare.
+        """
+        capacity = self.layers[0][0].shape[2]
+        if self.length + n > capacity:
+            more = max(n, capacity // 2)
+            self.apply_to_all(lambda x: F.pad(x, (0, 0, 0, more)))
 
     def keep(self, rows: list[int]):
         """Keep only these rows of the batch, in this order."""
-        self.replace(lambda x: x[rows])
+        self.apply_to_all(lambda x: x[rows])
 
-    def replace(self, change):
-        """Replace the keys and values of each layer by changed ones."""
-        for i, (k, v) in enumerate(self.layers):  # one by one: never two whole caches in memory
+    def apply_to_all(self, change):
+        """Replace the keys and the values of each layer by change(keys) and change(values)."""
+        # One layer at a time, so that memory never holds two complete caches.
+        for i, (k, v) in enumerate(self.layers):
             self.layers[i] = change(k), change(v)
+
+
+# These settings of config.json have only one supported value. None: the setting must be missing.
+SUPPORTED_VALUES = {
+    "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+    "rope_type": "default", "type": "default", "factor": None, "partial_rotary_factor": 1.0,
+    "sliding_window": None,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,24 +86,27 @@ class LlamaConfig:
 
     @classmethod
     def from_json(cls, path) -> "LlamaConfig":
-        """Read config.json. A wrong or missing value is an error, and so is an unknown feature."""
+        """Read config.json. Raise ValueError for a wrong, missing or unsupported value."""
         path = Path(path)
+        # JSON null means the same as a missing value.
         raw = {name: value for name, value in read_json(path).items() if value is not None}
         for name in ("rope_parameters", "rope_scaling"):
-            # transformers 5 writes the rotary settings into an object of their own. If a value is
-            # there and also at the top, transformers uses the inner one.
+            # transformers 5 stores rope_theta inside `rope_parameters`. If rope_theta is also
+            # outside, transformers uses the inner value, so do the same here.
             inner = raw.get(name, {})
             if not isinstance(inner, dict):
                 raise ValueError(f"{path}: {name} must be an object, found {inner!r:.60}")
             raw |= {key: value for key, value in inner.items() if value is not None}
-        other = {name: raw[name] for name, value in BUILT.items() if raw.get(name, value) != value}
-        if other:
-            raise ValueError(f"{path} asks for {other!r:.200}, which is not built here")
+        required = SUPPORTED_VALUES.items()
+        unsupported = {name: raw[name] for name, value in required if raw.get(name, value) != value}
+        if unsupported:
+            raise ValueError(f"{path}: not supported: {unsupported!r:.200}; use another model")
 
-        # Early configurations leave these out.
+        # Old config.json files do not have these two values.
         raw = {"rope_theta": 10_000.0, "tie_word_embeddings": False} | raw
         D, H = raw.get("hidden_size"), raw.get("num_attention_heads")
         raw.setdefault("num_key_value_heads", H)
+        # check_fields below reports wrong types. This division must not fail before that.
         if type(D) is int and type(H) is int and H > 0:
             raw.setdefault("head_dim", D // H)
         config = check_fields(cls, raw, path)
@@ -101,34 +120,35 @@ class LlamaConfig:
 
 
 def check_fields(cls, values: dict, path: Path, lowest: float = 1e-12):
-    """An instance of the dataclass `cls`, if each JSON value has the type of its field.
+    """Build the dataclass `cls` from JSON values.
 
-    A number must be at least `lowest`; the default refuses 0. The upper limits refuse sizes that no
-    model has, before anything of such a size is built.
+    Raise ValueError if a value has the wrong type, is smaller than `lowest`, or is larger than in
+    any real model. By default 0 is too small. A size that is far too large would otherwise fail
+    later, without the name of the file.
     """
     types = {int: (int,), float: (int, float), bool: (bool,), str: (str,), tuple: (tuple,)}
     highest = {int: 10**6, float: 10**12}
     for field in fields(cls):
-        value, kind = values.get(field.name), get_origin(field.type) or field.type
-        fits = type(value) in types[kind]
-        if not fits or kind in highest and not lowest <= value <= highest[kind]:
-            wanted = f"{field.name} ({kind.__name__})"
-            raise ValueError(f"{path} has no valid {wanted}, found {value!r:.40}; is it complete?")
+        kind = get_origin(field.type) or field.type  # tuple[str, ...] becomes tuple
+        value, limits = values.get(field.name), ""
+        is_valid = type(value) in types[kind]
+        if kind in highest:
+            limits = f" from {lowest:g} to {highest[kind]:,}"
+            is_valid = is_valid and lowest <= value <= highest[kind]
+        if not is_valid:
+            wanted = f"{field.name} ({kind.__name__}{limits})"
+            raise ValueError(f"{path} has no valid {wanted}, found {value!r:.40}; copy it again")
     return cls(**{field.name: values[field.name] for field in fields(cls)})
-
-
-BUILT = {  # features of config.json with the only value that is computed here; None means absent
-    "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-    "rope_type": "default", "type": "default", "factor": None, "partial_rotary_factor": 1.0,
-    "sliding_window": None,
-}  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------- the layers
 
 
 class RMSNorm(nn.Module):
-    """Divide each vector by its root mean square, multiply by a weight. (..., D) -> (..., D)"""
+    """Divide each vector by its root mean square, multiply by a weight. (..., D) -> (..., D)
+
+    It is a LayerNorm that does not subtract the mean and has no bias, so it computes less.
+    """
 
     def __init__(self, D: int, eps: float):
         super().__init__()
@@ -136,16 +156,22 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()  # in half precision the mean of squares overflows
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        # In float16 the squares can overflow, and in bfloat16 their mean would be imprecise.
+        x32 = x.float()
+        normalized = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normalized.to(x.dtype)
 
 
 def rotary_angles(positions: Tensor, Dh: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the angle of each dimension. (B, T) -> two tensors (B, 1, T, Dh)
+    """Cosine and sine of the angle of each dimension, in float32. (B, T) -> two of (B, 1, T, Dh)
 
-    A pair (a, b) becomes (a cos - b sin, b cos + a sin). The sine of the first half has the minus.
+    Attention itself does not know the order of the tokens. Rotary positions add it: each pair of
+    dimensions of a query or key is rotated by an angle that is proportional to its position. So the
+    score of a query and a key depends only on the distance between their positions, and on their
+    content. A pair (a, b) becomes (a cos - b sin, b cos + a sin). The returned sine is negative in
+    the first half of the dimensions, because a gets -b sin.
     """
+    # Early pairs rotate fast, late pairs slowly.
     frequency = theta ** (-torch.arange(0, Dh, 2, device=positions.device).float() / Dh)
     angle = positions[:, None, :, None] * frequency  # (B, 1, T, Dh/2)
     cos, sin = angle.cos(), angle.sin()
@@ -154,12 +180,16 @@ def rotary_angles(positions: Tensor, Dh: int, theta: float) -> tuple[Tensor, Ten
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair of dimensions i and i + Dh/2. (B, H, T, Dh) -> (B, H, T, Dh)"""
-    other = x.roll(x.shape[-1] // 2, dims=-1)  # the other dimension of each pair
-    return torch.addcmul(x * cos, other, sin).to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    other = torch.cat([second, first], dim=-1)  # the other dimension of each pair
+    return torch.addcmul(x * cos, other, sin).to(x.dtype)  # x * cos + other * sin
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: H query heads share Hk key/value heads. (B, T, D) -> (B, T, D)"""
+    """Grouped-query attention: H query heads share Hk key/value heads. (B, T, D) -> (B, T, D)
+
+    A smaller Hk makes the key/value cache smaller.
+    """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -170,27 +200,30 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, Hk * self.Dh, bias=False)
         self.o_proj = nn.Linear(H * self.Dh, D, bias=False)
 
-    def forward(self, x, cos, sin, past=None, can_attend=None):
-        """past: keys and values of this layer, and how many positions of them are filled; or None.
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past=None, can_attend=None):
+        """Return (y, (keys of x, values of x)).
 
-        can_attend: mask (B, 1, G T, L) over all L keys; or None. Returns y, and keys and values
-        of x.
+        past: None, or (keys, values, n): the cache of this layer and its number n of used
+        positions. can_attend: None, or a mask (B, 1, G*T, L) that is True where a query may attend
+        to a key. Llama.hidden lists how the two are used together.
         """
         B, T, D = x.shape
         q = self.q_proj(x).view(B, T, -1, self.Dh).transpose(1, 2)  # (B, H, T, Dh)
         k = self.k_proj(x).view(B, T, -1, self.Dh).transpose(1, 2)  # (B, Hk, T, Dh)
         v = self.v_proj(x).view(B, T, -1, self.Dh).transpose(1, 2)  # (B, Hk, T, Dh)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        present = k, v
+        present = k, v  # Llama.hidden builds a new cache from it, if there is none yet
         if past is not None:
             keys, values, n = past
             keys[:, :, n : n + T], values[:, :, n : n + T] = present
             k, v = keys[:, :, : n + T], values[:, :, : n + T]
         if can_attend is not None:
-            # Of the fast kernels of CUDA, flash takes no mask and memory-efficient takes no
-            # grouped heads: with both, only the slow math kernel is left. So make the G heads of a
-            # group G times as many queries of one head. Then keys are read once per group, too.
+            # On a GPU, PyTorch has fast attention kernels. FlashAttention does not support a mask,
+            # and the memory-efficient kernel does not support enable_gqa. With both, PyTorch uses a
+            # slow kernel. So avoid enable_gqa: the T queries of the G heads that share one key head
+            # become G*T queries of this head. This also reads the keys only once per group.
             q = q.reshape(B, k.shape[1], -1, self.Dh)  # (B, Hk, G*T, Dh)
+        # With a cache, is_causal is False: there is a mask, or a single token attends to all keys.
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=can_attend, is_causal=past is None, enable_gqa=can_attend is None
         )
@@ -200,23 +233,27 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU: one projection multiplied by the SiLU of another. (..., D) -> (..., D)"""
+    """SwiGLU: down(silu(gate(x)) * up(x)). (..., D) -> (..., D)
+
+    The gate decides for each hidden dimension how much of up(x) is used.
+    """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        D, wide = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(D, wide, bias=False)
-        self.up_proj = nn.Linear(D, wide, bias=False)
-        self.down_proj = nn.Linear(wide, D, bias=False)
+        D, hidden_width = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, hidden_width, bias=False)
+        self.up_proj = nn.Linear(D, hidden_width, bias=False)
+        self.down_proj = nn.Linear(hidden_width, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderLayer(nn.Module):
-    """Attention, then the MLP. Each reads a normed copy of x and adds its result to x.
+    """Attention, then the MLP. Each reads a normalized copy of x and adds its result to x.
 
-    With a selection (rows, positions), the MLP is computed only there, and (n, D) is returned.
+    If `selection` = (rows, positions) is given, the MLP is computed only for these n states, and
+    only these are returned, (n, D). The other arguments are those of Attention.forward.
     """
 
     def __init__(self, config: LlamaConfig):
@@ -226,7 +263,9 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, past=None, can_attend=None, selection=None):
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, past=None, can_attend=None, selection=None
+    ):
         y, present = self.self_attn(self.input_layernorm(x), cos, sin, past, can_attend)
         x = x + y
         if selection is not None:
@@ -235,7 +274,10 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything except the head. It is a module because checkpoints call it `model`."""
+    """Embeddings, layers and last norm. It has no forward: Llama.hidden runs its parts.
+
+    It is a module only because names in checkpoints begin with `model.`.
+    """
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -250,8 +292,8 @@ class Decoder(nn.Module):
 class Llama(nn.Module):
     """A Llama with the names of the checkpoint: ids (B, T) -> logits (B, T, V).
 
-    `embed`, `hidden` and `logits` are its three steps. Callers use them to put speech between words
-    and to compute logits only at a few positions.
+    `embed`, `hidden` and `logits` are its three steps. They can be called one by one: LLaST puts
+    speech embeddings between token embeddings, and computes logits only where they are needed.
     """
 
     def __init__(self, config: LlamaConfig):
@@ -260,10 +302,10 @@ class Llama(nn.Module):
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.recompute = False  # activation checkpointing: keep only the input of each layer
-        self.tie()
+        self.tie_weights()
 
-    def tie(self):
-        """Use one matrix for the embeddings and the head if the configuration says so."""
+    def tie_weights(self):
+        """If the configuration says so, use one matrix for embeddings and head. It saves V * D."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -279,25 +321,33 @@ class Llama(nn.Module):
         can_attend: Tensor | None = None,
         selection: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Cache]:
-        """Embeddings (B, T, D) -> normed states (B, T, D), and the cache with these T tokens added.
+        """Embeddings (B, T, D) -> normalized states of the last layer (B, T, D), and the cache.
 
-        Without a cache: causal attention over the T tokens. With a cache: `positions` (B, T) is the
-        position of each token, and `can_attend` (B, T, L) is true for the keys that it attends to,
-        first those in the cache, then those of the T tokens. A single token may leave it out: then
-        it attends to all keys.
+        A given cache is changed in place and returned: the T tokens are added to it. Without one, a
+        new cache is returned, and a token attends to itself and the tokens before it (causal).
 
-        With a `selection` (row and position of n states), only these are returned, (n, D). No layer
-        follows the last one, so its MLP can leave out all other positions.
+        use                 cache  positions        can_attend         result
+        training, prefill   None   None: 0 to T-1   None (causal)      (B, T, D) or (n, D)
+        one new token       yes    (B, 1)           None (all keys)    (B, 1, D)
+        T new tokens        yes    (B, T)           (B, T, L)          (B, T, D)
+
+        positions: the position of each token. can_attend: True where token t may attend to key l.
+        The L keys are the keys in the cache, then the T new keys. selection: (rows, positions) of n
+        states. Only these are returned, (n, D). This saves work: after the last attention, no other
+        state is needed.
         """
         B, T, D = x.shape
         if cache is None and can_attend is not None:
-            raise ValueError("can_attend needs a cache; without one, pad rows on the right")
-        if cache is not None and (positions is None or (can_attend is None and T > 1)):
-            raise ValueError(f"a step of {T} tokens with a cache needs positions and can_attend")
+            raise ValueError("can_attend has no cache; leave it out and pad the rows on the right")
+        if cache is not None and positions is None:
+            raise ValueError("positions are missing; with a cache, give the position of each token")
+        if cache is not None and can_attend is None and T > 1:
+            raise ValueError(f"can_attend is missing; {T} new tokens with a cache need it")
         if positions is None:
             positions = torch.arange(T, device=x.device)[None]  # (1, T)
         if can_attend is not None:
             G = self.config.num_attention_heads // self.config.num_key_value_heads
+            # One copy of the mask for each of the G heads, in the order of q in Attention.forward.
             can_attend = can_attend[:, None].repeat(1, 1, G, 1)  # (B, 1, G*T, L)
         cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
 
@@ -305,34 +355,34 @@ class Llama(nn.Module):
             cache.reserve(T)
         layers = []
         for i, layer in enumerate(self.model.layers):
-            past = (*cache.layers[i], cache.length) if cache else None
-            last = selection if layer is self.model.layers[-1] else None
-            inputs = x, cos, sin, past, can_attend, last
+            past = (*cache.layers[i], cache.length) if cache is not None else None
+            layer_selection = selection if layer is self.model.layers[-1] else None
+            inputs = x, cos, sin, past, can_attend, layer_selection
             if self.recompute and torch.is_grad_enabled():
                 x, present = checkpoint(layer, *inputs, use_reentrant=False)
             else:
                 x, present = layer(*inputs)
             layers.append(present)
         if cache is None:
-            cache = Cache(layers)
+            cache = Cache(layers)  # in training the caller does not use it
         else:
             cache.length += T
         return self.model.norm(x), cache
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, states: Tensor) -> Tensor:
         """(..., D) -> (..., V)"""
-        return self.lm_head(hidden)
+        return self.lm_head(states)
 
     def forward(self, ids: Tensor) -> Tensor:
-        hidden, _ = self.hidden(self.embed(ids))
-        return self.logits(hidden)
+        states, _ = self.hidden(self.embed(ids))
+        return self.logits(states)
 
     @classmethod
     def from_pretrained(cls, folder, dtype: torch.dtype = torch.float32, device="cpu") -> "Llama":
         """Read a Hugging Face folder of Llama with safetensors.
 
-        Every tensor must be there with its shape, and no other. Only `rotary_emb.inv_freq` of old
-        files is left out, because it follows from rope_theta.
+        The files must contain exactly the expected tensors. Old files also have
+        `rotary_emb.inv_freq`. It is ignored, because it is computed from rope_theta.
         """
         folder = Path(folder)
         stored = {k: v for file in weight_files(folder) for k, v in read_tensors(file).items()}
@@ -344,52 +394,56 @@ class Llama(nn.Module):
         if config.tie_word_embeddings and "lm_head.weight" not in stored:
             del expected["lm_head.weight"]
         must_match(expected, stored, folder)
-        # safetensors maps files into memory, so each tensor is read here, not before.
+        # read_tensors does not read the tensors, it only maps the files into memory. So `to` reads
+        # one tensor at a time, if the type or the device changes. Other tensors are read later.
         weights = {name: tensor.to(device, dtype) for name, tensor in stored.items()}
         embedding = weights["model.embed_tokens.weight"]
+        # A tied checkpoint may have no lm_head. Then the embedding becomes the head.
         head = weights.setdefault("lm_head.weight", embedding)
         if config.tie_word_embeddings and not torch.equal(head, embedding):
             raise ValueError(f"{folder}: config.json ties lm_head to embed_tokens, but they differ")
         llama.load_state_dict(weights, assign=True)
-        llama.tie()
+        llama.tie_weights()
         return llama
 
 
 # ------------------------------------------------------------------------------------ the tokenizer
 
+# llast.py computes the fingerprint of an LLM from its weights, its config.json and these files.
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "added_tokens.json")
 
 
-def read_pieces(file: Path) -> sentencepiece.SentencePieceProcessor:
-    """The sentencepiece model in tokenizer.model. For other tokenizers, an error names the kind."""
+def load_sentencepiece(file: Path) -> sentencepiece.SentencePieceProcessor:
+    """Load tokenizer.model. Raise an error if the file is missing or has another format."""
     if not file.is_file():
-        other = file.with_name("tokenizer.json").is_file()
-        hint = " (its tokenizer.json has another format)" if other else ""
-        raise FileNotFoundError(f"{file.parent} has no tokenizer.model of sentencepiece{hint}")
+        has_json = file.with_name("tokenizer.json").is_file()
+        hint = ", only a tokenizer.json; use another LLM" if has_json else "; download it"
+        raise FileNotFoundError(f"{file.parent} has no tokenizer.model{hint}")
     try:
         return sentencepiece.SentencePieceProcessor(model_file=str(file))
     except RuntimeError as error:
-        # Llama 3 has a text with this name: base64 tokens with their ranks.
-        is_llama3 = re.match(rb"[A-Za-z0-9+/]+=* \d+\s", file.read_bytes())
-        reason = (
-            "it is that of Llama 3; use a model with a Llama 2 tokenizer" if is_llama3 else error
-        )
+        # In Llama 3, tokenizer.model is a text file. Each line has a token in base64 and a number.
+        reason = f"{error}; copy the file again"
+        if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", file.read_bytes()):
+            reason = "it has the format of Llama 3; use an LLM with a sentencepiece tokenizer"
         raise ValueError(f"{file} cannot be read as a sentencepiece model: {reason}") from error
 
 
 class Tokenizer:
     """Text <-> ids with the tokenizer.model of a checkpoint.
 
-    `encode` reads its argument as text: "</s>" in it is four ordinary characters. Special tokens
-    are inserted by their ids, which the JSON files of the folder name. The only exception is a
-    "user-defined symbol" of tokenizer.model: some models have ChatML tokens of this kind.
+    For `encode`, "</s>" in a text is four ordinary characters, not the end token. A prompt gets its
+    special tokens by id (`special_id`). The JSON files in the folder contain these ids.
+    Exception: if tokenizer.model declares a token as "user-defined symbol", `encode` gives its id
+    wherever a text contains it. Some models declare their ChatML tokens in this way.
     """
 
     def __init__(self, folder):
         folder = Path(folder)
-        self.pieces = read_pieces(folder / "tokenizer.model")
+        self.pieces = load_sentencepiece(folder / "tokenizer.model")
         names = ("config.json", "tokenizer_config.json", "added_tokens.json")
         files = [folder / name for name in names]
+        # Each of these files may be missing.
         config, settings, added = (read_json(file) if file.is_file() else {} for file in files)
         try:
             tokens = settings.get("added_tokens_decoder", {})
@@ -399,30 +453,33 @@ class Tokenizer:
                 f'{files[1]}: added_tokens_decoder must map ids to objects with "content", found '
                 f"{tokens!r:.60}"
             ) from error
-        self.added: dict[str, int] = added  # tokens that are not in tokenizer.model, such as ChatML
+        # Tokens that are not in tokenizer.model, such as <|im_start|> (ChatML marks the start and
+        # the end of each turn of a chat with such tokens).
+        self.added: dict[str, int] = added
         bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
         self.bos_id: int = self.pieces.bos_id() if bos is None else bos
         eos = self.pieces.eos_id() if eos is None else eos
-        self.eos_ids: list[int] = eos if isinstance(eos, list) else [eos]  # each ends a text
+        # Generation stops at any of these tokens.
+        self.eos_ids: list[int] = eos if isinstance(eos, list) else [eos]
         ids = [self.bos_id, *self.eos_ids, *self.added.values()]
         if not self.eos_ids or not all(type(i) is int and i >= 0 for i in ids):
             raise ValueError(
-                f"{folder}: ids of special tokens must be whole numbers from 0 on; found "
-                f"bos_token_id {bos!r:.40}, eos_token_id {eos!r:.40}, added {self.added!r:.60}"
+                f"{folder}: ids of special tokens must be integers >= 0; correct bos_token_id "
+                f"{bos!r:.40}, eos_token_id {eos!r:.40}, added {self.added!r:.60}"
             )
-        self.eos_id: int = self.eos_ids[0]  # the one to learn
-        self.n_pieces: int = self.pieces.vocab_size()
+        self.eos_id: int = self.eos_ids[0]  # training puts this one at the end of an answer
+        self.n_pieces: int = self.pieces.vocab_size()  # without added tokens
 
     def encode(self, text: str) -> list[int]:
         return self.pieces.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """Ids -> text without special tokens and without spaces at its ends."""
-        words = [i for i in ids if i < self.n_pieces and not self.pieces.is_control(i)]
-        return self.pieces.decode(words).strip()
+        """Ids -> text without special tokens, and without spaces at the beginning and the end."""
+        text_ids = [i for i in ids if i < self.n_pieces and not self.pieces.is_control(i)]
+        return self.pieces.decode(text_ids).strip()
 
     def special_id(self, piece: str) -> int:
-        """The id of a special token. An error if the tokenizer does not have it."""
+        """The id of a special token. Raise ValueError if the tokenizer does not have this token."""
         token_id = self.added.get(piece, self.pieces.piece_to_id(piece))
         if token_id == self.pieces.unk_id():
             raise ValueError(f"this tokenizer has no {piece} token; choose another template")
