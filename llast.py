@@ -1,17 +1,27 @@
-"""LLaST: speech goes through Whisper's encoder and an adaptor, and becomes words of an LLM.
+"""LLaST: Whisper's encoder and an adaptor turn speech into embeddings for the prompt of an LLM.
 
-    waveform -> encoder (+ LoRA) -> states (S, Da) -> projector -> (S, D) -> spliced into the prompt
-             -> Llama (+ LoRA) -> the tokens of the answer
+    waveform -> encoder (+ LoRA) -> states (S, Da) -> projector -> speech embeddings (S, D)
+             -> inserted into the prompt -> Llama (+ LoRA) -> the tokens of the answer
 
-One training row: the speech replaces one id, so the row has P = S + T - 1 positions. The label of a
-position is the token that the LLM has to predict there: the token of the next position. Only the
-answer has labels; a dot is a position without one.
+The base models stay frozen: they keep what they know, and only the small trained parts need memory
+for gradients and the optimizer. The projector maps encoder states to the space of the LLM's token
+embeddings. The LoRAs change both base models a little, to fit this task.
 
-    row     <s>  [INST]  s1  s2  ...  sS  Please  ...  [/INST]  Where  is  it  ?     </s>
-    label    .     .     .   .   ...  .     .     ...   Where   is     it  ?   </s>   .
+One training row of T ids. S speech embeddings s1 ... sS replace the one id AUDIO_ID, so the row has
+P = S + T - 1 positions. "-" is IGNORE:
 
-Paper: LLaST (2407.15415). Reference: its xtuner code, model/llast.py, for the layers and names of
-the adaptor, and for the place of the speech: in the turn of the user, before the instruction.
+    row          <s>  [INST]  s1  s2  ...  sS  Please  ...  [/INST]  Where  is  it  ?     </s>
+    labels       -    -       -   -   ...  -   -       ...  -        Where  is  it  ?     </s>
+    next_tokens  -    -       -   -   ...  -   -       ...  Where    is     it  ?   </s>  -
+
+`labels` has each token at its own position, as in data.py. `next_tokens` has for each position the
+token that the LLM must predict there, which is the label of the next position. The loss uses
+next_tokens. In training, the right answer is part of the input ("teacher forcing"). This does not
+show the solution: a position sees only itself and earlier positions, never its next token.
+
+Paper: LLaST (2407.15415). The layers and names of the adaptor, and the place of the speech (in the
+turn of the user, before the instruction), are those of the original code: its file model/llast.py,
+written for the library xtuner.
 
 Sizes, everywhere: B batch, N samples (16 kHz), M mel bins, S audio positions after the encoder
 (50 a second), T text tokens, P positions the LLM sees, Da encoder width, D LLM width, H query
@@ -46,39 +56,38 @@ from whisper_encoder import (
     weight_files,
 )
 
-FORMAT = 2  # number of the format of llast.json and llast.safetensors
-BASES = ("encoder", "llm")  # the base models, by their names in LLaSTConfig
+FORMAT = 2  # version of the format of llast.json and llast.safetensors
+BASE_FIELDS = ("encoder", "llm")  # the fields of LLaSTConfig that name a base model
 
-# Every linear layer of both base models except the head of the LLM, as find_all_linear_names of the
-# original does.
+# LoRA changes every linear layer of both base models except the head of the LLM. The original
+# trains the same layers.
 ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 LLM_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def pick_device() -> tuple[torch.device, torch.dtype, str]:
     """The device, the precision of the frozen weights, and a sentence that explains the choice."""
-    threads = torch.get_num_threads()
-    reason = f"no CUDA device: CPU with {threads} thread{'s'[: threads > 1]}, float32"
     if not torch.cuda.is_available():
-        return torch.device("cpu"), torch.float32, reason
+        n = torch.get_num_threads()
+        threads = "1 thread" if n == 1 else f"{n} threads"
+        return torch.device("cpu"), torch.float32, f"no CUDA device: CPU with {threads}, float32"
     name = torch.cuda.get_device_name()
     if torch.cuda.is_bf16_supported():
         return torch.device("cuda"), torch.bfloat16, f"{name}, frozen weights in bfloat16"
-    return torch.device("cuda"), torch.float32, f"{name}, float32 because it has no bfloat16"
+    return torch.device("cuda"), torch.float32, f"{name}, float32, because it has no bfloat16"
 
 
 @contextmanager
 def explain_out_of_memory(during: str, advice: str):
     """Add to an out-of-memory error what was running and which options need less memory.
 
-    The allocator of the CPU raises a RuntimeError; it becomes the same error as on a GPU.
+    On a CPU, PyTorch raises RuntimeError instead of torch.OutOfMemoryError. It is converted.
     """
+    cpu_messages = ("can't allocate memory", "not enough memory")
     try:
         yield
     except RuntimeError as error:
-        on_cpu = any(
-            words in str(error) for words in ("can't allocate memory", "not enough memory")
-        )
+        on_cpu = any(message in str(error) for message in cpu_messages)
         if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
             raise
         raise torch.OutOfMemoryError(f"out of memory {during}; {advice}: {error}") from error
@@ -86,7 +95,10 @@ def explain_out_of_memory(during: str, advice: str):
 
 @dataclass(frozen=True)
 class LLaSTConfig:
-    """What a LLaST is made of: everything that must be the same in training and in use."""
+    """The settings that are saved with a model.
+
+    The trained weights fit only the same base models, template, window, ranks and alphas.
+    """
 
     encoder: str  # folder of a Whisper checkpoint
     llm: str  # folder of a Llama checkpoint
@@ -98,14 +110,16 @@ class LLaSTConfig:
     llm_alpha: float
     dropout: float  # of both LoRAs
     directions: tuple[str, ...]  # what it was trained to translate, such as "fr-en"
-    tasks: tuple[str, ...] = ("st", "asr")  # what it was trained on: translation, transcription
+    # What it was trained on. st: speech translation. asr: automatic speech recognition, that is, to
+    # write the words in the spoken language.
+    tasks: tuple[str, ...] = ("st", "asr")
 
 
 class Projector(nn.Module):
-    """The adaptor: three linear layers with exact GELU between them. (..., Da) -> (..., D)
+    """The adaptor: three linear layers with GELU between them. (..., Da) -> (..., D)
 
-    Its weights are float32 on every device. It is trained, and a step of the optimizer is often too
-    small to change a number in half precision.
+    GELU is the exact function, not its tanh approximation. The weights are float32 on every device,
+    for the same reason as A and B in lora.py.
     """
 
     def __init__(self, Da: int, D: int):
@@ -120,7 +134,10 @@ class Projector(nn.Module):
 
 
 class LLaST(nn.Module):
-    """Two frozen base models, a LoRA in each, and the projector between them."""
+    """Two frozen base models, a LoRA in each, and the projector between them.
+
+    `fingerprints` has the SHA-256 of the files of each base model: see the function `fingerprint`.
+    """
 
     def __init__(
         self,
@@ -134,34 +151,35 @@ class LLaST(nn.Module):
         self.config, self.tokenizer, self.fingerprints = config, tokenizer, fingerprints
         self.speech_encoder = speech_encoder.requires_grad_(False)
         self.llm = llm.requires_grad_(False)
-        # Before the LoRAs: they draw more random numbers for a higher rank, and runs with the same
-        # seed should start from the same projector.
+        # Create the projector before the LoRAs. A LoRA of higher rank uses more random values, and
+        # for one seed the projector should start the same for every rank.
         Da, D = speech_encoder.config.d_model, llm.config.hidden_size
         self.projector = Projector(Da, D).to(llm.lm_head.weight.device)
-        for base, targets, rank, alpha in (
-            (speech_encoder, ENCODER_TARGETS, config.encoder_rank, config.encoder_alpha),
-            (llm, LLM_TARGETS, config.llm_rank, config.llm_alpha),
-        ):
-            if rank:
-                add_lora(base, targets, rank, alpha, config.dropout)
+        if config.encoder_rank:
+            rank, alpha = config.encoder_rank, config.encoder_alpha
+            add_lora(speech_encoder, ENCODER_TARGETS, rank, alpha, config.dropout)
+        if config.llm_rank:
+            add_lora(llm, LLM_TARGETS, config.llm_rank, config.llm_alpha, config.dropout)
 
     @classmethod
     def fresh(cls, config, dtype=torch.float32, device="cpu", fingerprints=None) -> "LLaST":
-        """Both published base models, LoRAs that change nothing, and an untrained projector.
+        """Return a new model: pretrained base models, LoRAs that change nothing, random projector.
 
-        The fingerprints of the base models are taken before they are loaded, unless the caller has
-        just taken them. So a base that changes during training is not recorded as the one used.
+        The fingerprints are computed before the base models are loaded, or given by the caller. If
+        a file of a base model changes during training, the saved fingerprints still describe the
+        files that were used.
         """
         fingerprints = fingerprints or fingerprints_of(config)
         encoder = WhisperEncoder.from_pretrained(config.encoder, dtype, device)
         llm, tokenizer = Llama.from_pretrained(config.llm, dtype, device), Tokenizer(config.llm)
-        # Tokens that no template uses do not matter: some folders name one beyond the weights.
+        # Of the special tokens, check only those that this template needs. Some folders list other
+        # tokens, with ids that are too large for the vocabulary of the weights.
         ids = [*prompt_ids(list(TEMPLATES[config.template]), tokenizer), *tokenizer.eos_ids]
-        size = 1 + max(tokenizer.n_pieces - 1, *ids)
-        if size > llm.config.vocab_size:
+        largest_id = max(tokenizer.n_pieces - 1, *ids)
+        if largest_id >= llm.config.vocab_size:
             raise ValueError(
-                f"{config.llm}: the tokenizer has {size} tokens, but the weights have only "
-                f"{llm.config.vocab_size}; use the tokenizer of this model"
+                f"{config.llm}: the tokenizer has a token with id {largest_id}, but the weights "
+                f"have only {llm.config.vocab_size} tokens; use the tokenizer of this model"
             )
         return cls(config, encoder, llm, tokenizer, fingerprints)
 
@@ -174,56 +192,64 @@ class LLaST(nn.Module):
         M = self.speech_encoder.config.num_mel_bins
         mels = [clip_to_mel(clip.to(self.device), M, self.config.window).T for clip in audio]
         lengths = torch.tensor([len(mel) // 2 for mel in mels], device=self.device)
+        # Here S is that of the longest clip, or of the 30 s window.
         mel = pad_sequence(mels, batch_first=True).transpose(1, 2)  # (B, M, 2S)
         mel = mel.to(self.speech_encoder.conv1.weight.dtype)
         # Keep only the states of the clip itself, not of the silence that fills a 30 s window.
         n_real = [n_states(len(clip)) for clip in audio]
         states = self.speech_encoder(mel, lengths, max(n_real))  # (B, n, Da)
-        speech = self.projector(states).to(self.llm.lm_head.weight.dtype)
+        speech = self.projector(states).to(self.llm.lm_head.weight.dtype)  # (B, n, D)
         return [embeddings[:n] for embeddings, n in zip(speech, n_real, strict=True)]
 
-    def splice(self, ids: Tensor, speech: Tensor, at: int) -> Tensor:
-        """Embeddings of ids (T,), with speech (S, D) in place of the id at index `at`. -> (P, D)
+    def splice(self, ids: Tensor, speech: Tensor, audio_index: int) -> Tensor:
+        """Embeddings of ids (T,), with speech (S, D) in place of the id at audio_index. -> (P, D)
 
-        `at` is the index of AUDIO_ID. It is an argument because a search for it in `ids` would make
-        the CPU wait for the GPU, once for each row.
+        `audio_index` is the index of AUDIO_ID in `ids`. It is an argument, because searching for it
+        on the GPU would make the CPU wait, once for each row.
         """
+        # AUDIO_ID is negative and has no embedding. Any other id can replace it here, because its
+        # embedding is left out below.
         words = self.llm.embed(ids.clamp(min=0))  # (T, D)
-        return torch.cat([words[:at], speech, words[at + 1 :]])
+        return torch.cat([words[:audio_index], speech, words[audio_index + 1 :]])
 
     def forward(self, batch: Batch) -> Tensor:
-        """The loss of every answer token, its end token included, row by row. -> (answer tokens,)
+        """Return the loss of each answer token, end tokens included. -> (answer tokens,)
 
-        The row of each loss is (batch.labels != IGNORE).nonzero()[:, 0].
+        First come the losses of row 0, then those of row 1, and so on.
 
-        Rows are padded on the right. So the speech and the words of a row have the same positions
-        in every batch, and causal attention needs no mask: no token can see the padding behind it.
-        The loss of a row does not depend on the other rows.
+        Rows are padded on the right. So a token has the same position in every batch. Causal
+        attention needs no mask, because no token can see the padding after it. The loss of a row
+        does not depend on the other rows.
         """
         rows, labels = [], []
         speech = self.encode_speech(batch.audio)
         parts = zip(speech, batch.ids, batch.labels, batch.lengths, batch.audio_at, strict=True)
-        for embeddings, ids, label, n, at in parts:
-            rows.append(self.splice(ids[:n].to(self.device), embeddings, at))
-            # The speech makes the row S - 1 longer, in front of the answer, where no label is.
-            labels.append(F.pad(label[:n].to(self.device), (len(embeddings) - 1, 0), value=IGNORE))
+        for embeddings, ids, row_labels, n_ids, audio_index in parts:
+            rows.append(self.splice(ids[:n_ids].to(self.device), embeddings, audio_index))
+            # One id became S embeddings, so the row is S - 1 longer. Add S - 1 IGNORE labels. They
+            # can go to the front, because everything before the answer is IGNORE.
+            row_labels = row_labels[:n_ids].to(self.device)
+            labels.append(F.pad(row_labels, (len(embeddings) - 1, 0), value=IGNORE))
         x = pad_sequence(rows, batch_first=True)  # (B, P, D)
         labels = pad_sequence(labels, batch_first=True, padding_value=IGNORE)  # (B, P)
 
-        # The state at position p predicts the token at p + 1. So shift the labels to the left: the
-        # last position of the prompt gets the first token of the answer.
+        # The state at position p predicts the token at p + 1. So shift the labels to the left: at
+        # the last position of the prompt, the LLM must predict the first token of the answer.
         next_tokens = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # (B, P)
-        # The last MLP and the head are computed only at positions that have a label.
+        # The last MLP and the head are computed only where there is a next token to predict.
         selection = torch.where(next_tokens != IGNORE)
         hidden = self.llm.hidden(x, selection=selection)[0]  # (answer tokens, D)
         logits = self.llm.logits(hidden)  # (answer tokens, V)
         return F.cross_entropy(logits.float(), next_tokens[selection], reduction="none")
 
     def compile_layers(self):
-        """Compile each layer in place, for any shape: slow at first, then faster."""
-        if self.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-            raise ValueError("--compile on a CPU needs a C++ compiler, and g++ was not found")
-        # A layer is compiled again for training, for use, for one clip, for a mask, and so on.
+        """Call torch.compile for every layer. The first calls are slow, later calls are faster."""
+        compiler = os.environ.get("CXX", "g++")
+        if self.device.type == "cpu" and not shutil.which(compiler):
+            advice = f"install {compiler} or leave out --compile"
+            raise ValueError(f"--compile on a CPU needs a C++ compiler; {advice}")
+        # By default PyTorch stops compiling after 8 versions of a layer. More are needed: for
+        # training and translation, for one clip and several, with and without a mask, and so on.
         torch._dynamo.config.recompile_limit = 64
         for layer in (*self.speech_encoder.layers, *self.llm.model.layers):
             layer.compile(dynamic=True)
@@ -232,30 +258,32 @@ class LLaST(nn.Module):
         """The tensors that training changes: both LoRAs and the projector."""
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
-    def fill_trained(self, tensors: dict[str, Tensor], source):
-        """Copy trained tensors into the model. Names and shapes must be exactly those it trains."""
+    def fill_trained(self, tensors: dict[str, Tensor], model_path):
+        """Copy trained tensors into the model. The names and shapes must be those of trained().
+
+        `model_path` is the place of the tensors, for error messages.
+        """
         trained = self.trained()
-        must_match(trained, tensors, source)
+        must_match(trained, tensors, model_path)
         for name, tensor in trained.items():
             tensor.copy_(tensors[name])
 
     def save_pretrained(self, folder):
         """Write the trained tensors (llast.safetensors) and their description (llast.json).
 
-        Each file is complete before it gets its name. A process that is killed between the two
-        renames leaves new tensors with the old description. Within one training run the
-        description does not change, so that is a whole model. Otherwise loading is an error.
+        Both files are first written under temporary names and then renamed, so a half-written file
+        never has the final name. If the program is killed between the two renames, the new tensors
+        are next to the old llast.json. Within one training run the description is always the same,
+        so this folder still loads. In other cases from_pretrained raises an error.
         """
         if any(layer.lora_A is None for layer in lora_layers(self)):
-            raise ValueError("this LoRA was merged for good, so there is nothing to save")
+            raise ValueError("merge_lora(for_good=True) deleted the LoRA; save before merging")
         if not self.fingerprints:
-            raise ValueError(
-                "the base models have no fingerprints; build the model with LLaST.fresh"
-            )
+            raise ValueError("fingerprints are missing; create the model with LLaST.fresh")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = asdict(self.config)
-        for base in BASES:  # relative, so that all folders can move together
+        for base in BASE_FIELDS:  # relative paths: all folders can be moved together
             config[base] = os.path.relpath(Path(config[base]).resolve(), folder.resolve())
         description = {
             "config": config,
@@ -264,7 +292,7 @@ class LLaST(nn.Module):
         }
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.trained().items()}
         digests = digests_of(description, tensors)
-        save_file(tensors, folder / "llast.safetensors.tmp", digests)
+        save_file(tensors, folder / "llast.safetensors.tmp", digests)  # as metadata of the file
         (folder / "llast.json.tmp").write_text(json.dumps(description, indent=2) + "\n")
         # safetensors makes files that only the owner can read. Give them normal permissions.
         shutil.copymode(folder / "llast.json.tmp", folder / "llast.safetensors.tmp")
@@ -273,9 +301,10 @@ class LLaST(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, encoder=None, llm=None, device="cpu", dtype=torch.float32):
-        """Read a folder of save_pretrained. An error if anything in it or in a base has changed.
+        """Read a folder that save_pretrained wrote.
 
-        `encoder` and `llm` are the folders of the base models if these have moved.
+        Raise ValueError if a file of the folder or of a base model has changed since then.
+        `encoder` and `llm` are the new folders of the base models, if they were moved.
         """
         folder = Path(folder)
         config, fingerprints, tensors = read_saved(folder)
@@ -289,39 +318,43 @@ class LLaST(nn.Module):
 
 def read_saved(folder: Path) -> tuple[LLaSTConfig, dict[str, str], dict[str, Tensor]]:
     """Configuration, fingerprints of the base models, and trained tensors of a saved model."""
-    text, weights = folder / "llast.json", folder / "llast.safetensors"
-    for file in (text, weights):
+    json_file, weights_file = folder / "llast.json", folder / "llast.safetensors"
+    for file in (json_file, weights_file):
         if not file.is_file():
             raise FileNotFoundError(f"{folder} is not a saved LLaST: it has no {file.name}")
-    description = read_json(text)
-    needed = {"versions": ("llast",), "config": BASES, "fingerprints": BASES}
-    for name, keys in needed.items():
+    description = read_json(json_file)
+    required_keys = {"versions": ["llast"], "config": BASE_FIELDS, "fingerprints": BASE_FIELDS}
+    for name, keys in required_keys.items():
         part = description.get(name)
         if not isinstance(part, dict) or not part.keys() >= set(keys):
-            raise ValueError(f"{text}: {name} must have {keys}, found {part!r:.60}")
+            wanted = f"{name} must contain {' and '.join(keys)}"
+            raise ValueError(f"{json_file}: {wanted}, found {part!r:.60}; copy the file again")
     if description["versions"]["llast"] != FORMAT:
         raise ValueError(
-            f"{text} has format {description['versions']['llast']!r:.40}, but this program reads "
-            f"only {FORMAT}; train again, or use the version of the program that wrote it"
+            f"{json_file} has format {description['versions']['llast']!r:.40}, but this program "
+            f"reads only {FORMAT}; train again, or use the version of the program that wrote it"
         )
-    tensors = read_tensors(weights)
-    with safe_open(weights, "pt") as stored:
-        saved = stored.metadata() or {}
+    tensors = read_tensors(weights_file)
+    with safe_open(weights_file, "pt") as stored:
+        saved_digests = stored.metadata() or {}
     digests = digests_of(description, tensors)
-    if changed := [name for name, digest in digests.items() if saved.get(name) != digest]:
+    if changed := [name for name, digest in digests.items() if saved_digests.get(name) != digest]:
         raise ValueError(
-            f"{folder}: {' and '.join(changed)} changed after the model was saved, or are of two "
-            f"different models; copy both files again, or train again"
+            f"{folder}: llast.json and llast.safetensors do not belong together, or were changed: "
+            f"see {' and '.join(changed)}; copy both files again, or train again"
         )
-    # JSON has no tuples: it has lists in their place.
+    # JSON stores tuples as lists.
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in description["config"].items()}
-    config = check_fields(LLaSTConfig, values, text, lowest=0)
-    bases = {k: os.path.normpath(folder.resolve() / values[k]) for k in BASES}
+    config = check_fields(LLaSTConfig, values, json_file, lowest=0)
+    bases = {k: os.path.normpath(folder.resolve() / values[k]) for k in BASE_FIELDS}
     return replace(config, **bases), description["fingerprints"], tensors
 
 
 def digests_of(description: dict, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """SHA-256 of what llast.json describes, and of the tensors of llast.safetensors."""
+    """Return a SHA-256 of config and fingerprints, and one of the names and values of the tensors.
+
+    llast.safetensors stores both, so from_pretrained can see whether the two files belong together.
+    """
     text = json.dumps([description["config"], description["fingerprints"]], sort_keys=True)
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -331,30 +364,37 @@ def digests_of(description: dict, tensors: dict[str, Tensor]) -> dict[str, str]:
     return {"llast.json": described, "llast.safetensors": digest.hexdigest()}
 
 
-def check_bases(config: LLaSTConfig, fingerprints: dict[str, str], source):
-    """Raise an error if a base model is missing, or is not the one that `source` was trained on."""
+def check_bases(config: LLaSTConfig, fingerprints: dict[str, str], model_path):
+    """Raise an error if a base model is missing, or is not the one that was used in training.
+
+    `model_path` is the place of the trained model, for error messages.
+    """
     for name, expected in fingerprints.items():
         base = Path(getattr(config, name))
         if not base.exists():
             raise FileNotFoundError(
-                f"{source} was trained on the {name} in {base}, which does not exist; "
-                f"give its folder with --{name} PATH"
+                f"{model_path} was trained on the {name} in {base}, which does not exist; "
+                f"give its new folder with --{name} PATH (in Python: {name}=PATH)"
             )
         actual = fingerprint(base, name)
         if actual != expected:
             raise ValueError(
-                f"{source} was trained on another {name} than the one in {base}: fingerprint "
-                f"{expected:.12}, found {actual:.12}; give the right folder with --{name} PATH"
+                f"{model_path} was trained on another {name} than the one in {base}: expected "
+                f"fingerprint {expected:.12}, found {actual:.12}; give the right folder with "
+                f"--{name} PATH (in Python: {name}=PATH)"
             )
 
 
 def fingerprints_of(config: LLaSTConfig) -> dict[str, str]:
-    """The fingerprint of each base model."""
-    return {name: fingerprint(Path(getattr(config, name)), name) for name in BASES}
+    """Return {"encoder": SHA-256, "llm": SHA-256} of the base models."""
+    return {name: fingerprint(Path(getattr(config, name)), name) for name in BASE_FIELDS}
 
 
 def fingerprint(base: Path, name: str) -> str:
-    """SHA-256 of the files that are read of a base model: weights, configuration, tokenizer."""
+    """Return one SHA-256 of all files that are read from a base model.
+
+    These are its weights and config.json, and for an LLM the files of the tokenizer.
+    """
     others = ["config.json", *(TOKENIZER_FILES if name == "llm" else ())]
     files = weight_files(base) + [base / other for other in others if (base / other).is_file()]
     digest = hashlib.sha256()
