@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from whisper_encoder import must_match, read_json, read_tensors, weight_files
+from whisper_encoder import check_tensors, read_json, read_tensors, weight_files
 
 
 class Cache:
@@ -393,7 +393,7 @@ class Llama(nn.Module):
         expected = llama.state_dict()
         if config.tie_word_embeddings and "lm_head.weight" not in stored:
             del expected["lm_head.weight"]
-        must_match(expected, stored, folder)
+        check_tensors(expected, stored, folder)
         # read_tensors does not read the tensors, it only maps the files into memory. So `to` reads
         # one tensor at a time, if the type or the device changes. Other tensors are read later.
         weights = {name: tensor.to(device, dtype) for name, tensor in stored.items()}

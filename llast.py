@@ -48,8 +48,8 @@ from llama import TOKENIZER_FILES, Llama, Tokenizer, check_fields
 from lora import add_lora, lora_layers
 from whisper_encoder import (
     WhisperEncoder,
+    check_tensors,
     clip_to_mel,
-    must_match,
     n_states,
     read_json,
     read_tensors,
@@ -264,7 +264,7 @@ class LLaST(nn.Module):
         `model_path` is the place of the tensors, for error messages.
         """
         trained = self.trained()
-        must_match(trained, tensors, model_path)
+        check_tensors(trained, tensors, model_path)
         for name, tensor in trained.items():
             tensor.copy_(tensors[name])
 
@@ -277,7 +277,7 @@ class LLaST(nn.Module):
         so this folder still loads. In other cases from_pretrained raises an error.
         """
         if any(layer.lora_A is None for layer in lora_layers(self)):
-            raise ValueError("merge_lora(for_good=True) deleted the LoRA; save before merging")
+            raise ValueError("merge_lora(delete_lora=True) deleted the LoRA; save before merging")
         if not self.fingerprints:
             raise ValueError("fingerprints are missing; create the model with LLaST.fresh")
         folder = Path(folder)

@@ -99,16 +99,16 @@ def lora_layers(module: nn.Module) -> list[LoRALinear]:
     return [layer for layer in module.modules() if isinstance(layer, LoRALinear)]
 
 
-def merge_lora(module: nn.Module, for_good: bool = False):
+def merge_lora(module: nn.Module, delete_lora: bool = False):
     """Add (alpha / R) B A to each weight, so that the layer is as fast as without LoRA.
 
-    The outputs are the same up to rounding. `for_good` also deletes A and B: with the ranks of the
-    paper they need gigabytes. After that the model cannot be unmerged or saved.
+    The outputs are the same up to rounding. `delete_lora` also deletes A and B: with the ranks
+    of the paper they need gigabytes. After that the model cannot be unmerged or saved.
     """
     for layer in lora_layers(module):
         if not layer.merged:
             layer.add_change(1)
-        if for_good:
+        if delete_lora:
             layer.lora_A = layer.lora_B = None
 
 

@@ -543,7 +543,7 @@ def load_model(args: argparse.Namespace) -> tuple[LLaST, Path]:
     device, dtype, _ = pick_device()
     with explain_out_of_memory("while loading the model", "a smaller one needs less"):
         model = LLaST.from_pretrained(folder, args.encoder, args.llm, device, dtype)
-        merge_lora(model, for_good=True)
+        merge_lora(model, delete_lora=True)
     if args.compile:
         model.compile_layers()
     return model, folder

@@ -500,7 +500,7 @@ class WhisperEncoder(nn.Module):
         config = WhisperConfig.from_json(folder / "config.json")
         with torch.device("meta"):  # a tensor there has a shape, but no memory
             encoder = cls(config)
-        must_match(encoder.state_dict(), stored, folder)
+        check_tensors(encoder.state_dict(), stored, folder)
         # The files are mapped into memory: a tensor is read from the disk only when it is used, for
         # example by a conversion in this line.
         weights = {name: tensor.to(device, dtype) for name, tensor in stored.items()}
@@ -545,7 +545,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} cannot be read as weights; is it complete? {error!r}") from error
 
 
-def must_match(expected: dict[str, Tensor], stored: dict[str, Tensor], source):
+def check_tensors(expected: dict[str, Tensor], stored: dict[str, Tensor], source):
     """Compare the stored tensors with the expected ones.
 
     Raises ValueError with the differences if names or shapes differ, or if a stored tensor does not

@@ -612,7 +612,7 @@ def run_size(bench: Bench, dtype: torch.dtype):
         peer = Peer(ours, out, merged=False).train()
         training_cases(bench, ours, peer)
         del peer
-        merge_lora(ours.eval(), for_good=True)
+        merge_lora(ours.eval(), delete_lora=True)
         peer = Peer(ours, out, merged=True).eval()
         encoder_cases(bench, ours, peer)
         prefill_case(bench, ours, peer)

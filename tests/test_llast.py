@@ -503,7 +503,7 @@ def test_fingerprints_are_those_of_the_bases_when_they_were_loaded(tree):
 
 def test_a_model_merged_for_good_cannot_be_saved(bases, tmp_path):
     model = trained_model(bases)
-    merge_lora(model, for_good=True)
+    merge_lora(model, delete_lora=True)
     with pytest.raises(ValueError, match="deleted the LoRA"):
         model.save_pretrained(tmp_path / "run")
     assert not (tmp_path / "run").exists()

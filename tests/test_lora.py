@@ -162,11 +162,11 @@ def test_merged_lora_gives_the_same_outputs(case):
 
 
 @torch.no_grad()
-def test_merging_for_good_deletes_a_and_b(case):
+def test_merging_with_delete_lora_deletes_a_and_b(case):
     model, targets, x = case
     add_trained_lora(model, targets)
     unmerged = model(x)
-    merge_lora(model, for_good=True)
+    merge_lora(model, delete_lora=True)
     assert_close(model(x), unmerged)
     assert not [name for name, _ in model.named_parameters() if "lora_" in name]
 
@@ -202,3 +202,11 @@ def test_merging_or_unmerging_twice_changes_nothing_more(case):
         first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         once(model)
         assert all(torch.equal(model.state_dict()[name], first[name]) for name in first)
+
+
+def test_unmerging_after_a_and_b_were_deleted_is_an_error(case):
+    model, targets, _ = case
+    add_trained_lora(model, targets)
+    merge_lora(model, delete_lora=True)
+    with pytest.raises(ValueError, match="deleted A and B of this model; load the model again"):
+        unmerge_lora(model)
