@@ -4,7 +4,7 @@
     export           a trained LLaST -> merged folders for transformers, adapters for peft
     import           a checkpoint of the original LLaST, or an exported folder -> a trained LLaST
 
-Each command writes a new folder: all of it, or nothing.
+Each command writes a new folder. After an error, the folder does not exist.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository, whatever the folder is
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's folder
 
 from data import TEMPLATES, parse_directions
 from llama import Llama, LlamaConfig, check_fields
@@ -50,25 +50,27 @@ def read_pickle(file: Path) -> dict:
     Tensors are mapped: their numbers are read from the disk only when they are used.
     """
     try:
-        is_zip = zipfile.is_zipfile(file)  # files from before torch 1.6 are not
+        is_zip = zipfile.is_zipfile(file)  # torch before 1.6 wrote no zip files
         compressed = is_zip and any(e.compress_type for e in zipfile.ZipFile(file).infolist())
         stored = {} if compressed else torch.load(file, "cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:  # torch's own message advises to run the file's code
+    except pickle.UnpicklingError as error:  # torch's message suggests to run the code
         raise ValueError(
             f"{file} contains Python objects other than tensors; it was not loaded, because such "
             f"a file can run code"
         ) from error
     except Exception as error:  # torch.load fails in many ways on other files
-        raise ValueError(f"{file} cannot be read as weights, is it cut short? {error!r}") from error
-    if compressed:  # a few bytes can then unpack to any number of them
-        raise ValueError(f"{file} is compressed; it was not loaded, because weights never are")
+        raise ValueError(f"{file} cannot be read as weights: {error!r}; get it again") from error
+    if compressed:  # a small file could then unpack to more than the memory
+        raise ValueError(
+            f"{file} is compressed; it was not loaded: files of weights are not compressed"
+        )
     if not isinstance(stored, dict):
         raise ValueError(f"{file} must hold a dictionary of tensors, not {kind_of(stored)}")
     return stored
 
 
 def check_tensors(weights: dict, file: Path) -> dict[str, Tensor]:
-    """The same dictionary; anything in it that is not a named tensor of numbers is an error."""
+    """Return the same dictionary. A value that is not a named tensor of numbers is an error."""
     for name, tensor in weights.items():
         if not isinstance(name, str):
             raise ValueError(f"{file} must name its tensors by text, not by {kind_of(name)}")
@@ -77,27 +79,27 @@ def check_tensors(weights: dict, file: Path) -> dict[str, Tensor]:
         on_disk = tensor.layout is torch.strided and tensor.device.type == "cpu"
         if not on_disk or not tensor.is_floating_point():
             raise ValueError(f"{file}: {name} is not a dense tensor of floating-point numbers")
-    # Tied tensors share memory, so they can need more than the file has, but not twice as much.
+    # Tied tensors are stored once but counted twice here, so up to twice the file's size is valid.
     if sum(tensor.nbytes for tensor in weights.values()) > 2 * file.stat().st_size:
-        raise ValueError(f"{file} describes tensors that are larger than the file")
+        raise ValueError(f"{file} describes tensors that are larger than the file; get it again")
     return weights
 
 
 def kind_of(value) -> str:
-    """The type of a value from a file, for a message. The value itself can be endless."""
+    """The type of a value from a file, for a message. The value itself could be very long."""
     return f"a value of type {type(value).__name__}"
 
 
 # --------------------------------------------------------------------- writing Hugging Face folders
 
-SHARD_BYTES = 2 << 30  # of the files that are written; one of them at a time is in memory
+SHARD_BYTES = 2 << 30  # largest size of a file; one file at a time is in memory
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill. It gets the name `out` at the end; after an error nothing is left."""
+    """Yield a temporary folder. At the end it is renamed to `out`; after an error it is removed."""
     if out.exists():
-        raise ValueError(f"{out} is there already; name another folder with --out")
+        raise ValueError(f"{out} already exists; choose another folder with --out")
     partial = out.with_name(f".{out.name}.{os.getpid()}")
     partial.mkdir(parents=True)
     try:
@@ -170,7 +172,7 @@ def convert(source: Path, out: Path, model: type[WhisperEncoder] | type[Llama]):
             config, tensors = read(source)
         if source.is_dir():
             copy_other_files(source, partial)
-        tokenizer = source.parent / "tokenizer.model"  # where Meta's downloads have it
+        tokenizer = source.parent / "tokenizer.model"  # Meta's downloads have it there
         if model is Llama and tokenizer.is_file() and not (partial / tokenizer.name).exists():
             shutil.copy(tokenizer, partial)
         write_json(config, partial / "config.json")
@@ -339,11 +341,12 @@ def read_meta(folder: Path) -> tuple[dict, Iterator[tuple[str, Tensor]]]:
 def read_params(file: Path) -> MetaParams:
     if not file.is_file():
         raise FileNotFoundError(
-            f"{file.parent} is not a Llama: it has neither params.json nor config.json"
+            f"{file.parent} is not a Llama: it has neither params.json nor config.json; name the "
+            "folder with the weights"
         )
     params = read_json(file)
     if params.get("use_scaled_rope"):
-        raise ValueError(f"{file} asks for use_scaled_rope, which is not built here")
+        raise ValueError(f"{file} sets use_scaled_rope, which is not supported here; use Llama 2")
     # Values that the oldest files leave out or set to null.
     old = {"n_kv_heads": params.get("n_heads"), "ffn_dim_multiplier": 1.0, "rope_theta": 10_000.0}
     params = {name: value for name, value in params.items() if value is not None}
@@ -356,7 +359,7 @@ def read_parts(folder: Path) -> list[dict[str, Tensor]]:
     names = [file.name for file in files]
     if not names or names != [f"consolidated.{i:02}.pth" for i in range(len(names))]:
         raise FileNotFoundError(
-            f"{folder} must have consolidated.00.pth, consolidated.01.pth and so on, found {names}"
+            f"{folder} must have consolidated.00.pth, consolidated.01.pth and so on; found {names}"
         )
     parts = [check_tensors(read_pickle(file), file) for file in files]
     faults = [
@@ -404,7 +407,7 @@ def save_peft(module: nn.Module, folder, prefix: str = ""):
     folder = Path(folder)
     tensors, layers = {}, lora_layers(module)
     if not layers:
-        raise ValueError(f"no LoRA to write to {folder}")
+        raise ValueError(f"the module has no LoRA, so {folder} was not written")
     folder.mkdir(parents=True, exist_ok=True)
     for name, layer in module.named_modules():
         if isinstance(layer, LoRALinear):
@@ -435,7 +438,8 @@ def export(model: LLaST, out: Path):
 
     whisper, llama          base models with merged LoRA, for transformers
     encoder-lora, llm-lora  LoRAs for peft, on WhisperModel and LlamaForCausalLM of transformers
-    projector.safetensors, use.json
+    projector.safetensors   weights of the projector
+    use.json                template, window, directions, tasks, fingerprints of the base models
     """
     settings = {
         name: getattr(model.config, name) for name in ("template", "window", "directions", "tasks")
@@ -459,7 +463,10 @@ def export(model: LLaST, out: Path):
             copy_other_files(Path(base), partial / name)
             save_weights(merge_into(Path(base), merged), partial / name)
         if merged:
-            raise ValueError(f"the base models do not have {sorted(merged)[:8]}, which were merged")
+            raise ValueError(
+                f"{sorted(merged)[:8]} have LoRA, but are not in the files of the base models; use "
+                "the base models of the training"
+            )
 
 
 def merge_into(base: Path, merged: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -475,7 +482,7 @@ def merge_into(base: Path, merged: dict[str, Tensor]) -> Iterator[tuple[str, Ten
 
 @dataclass(frozen=True)
 class PeftSettings:
-    """The part of adapter_config.json that this code can have in every value."""
+    """The options of adapter_config.json that may have any value. For others see NOT_BUILT."""
 
     r: int  # R
     lora_alpha: float
@@ -497,15 +504,17 @@ def read_peft(folder, prefix: str = "") -> tuple[float, dict[str, Tensor]]:
     settings = check_fields(PeftSettings, config, folder / "adapter_config.json")
     others = {k: config[k] for k, off in NOT_BUILT.items() if (config.get(k) or off) != off}
     if others:
-        raise ValueError(f"{folder}/adapter_config.json asks for {others}, which is not built here")
+        raise ValueError(f"{folder}/adapter_config.json has {others}, which is not supported here")
     tensors = {}
     for name, tensor in read_tensors(folder / "adapter_model.safetensors").items():
         if not name.startswith(PEFT_PREFIX + prefix):
             raise ValueError(f"{folder}: {name} does not begin with {PEFT_PREFIX + prefix}")
         name = name.removeprefix(PEFT_PREFIX + prefix).removesuffix(".weight")
-        tensors[name.removesuffix(".default")] = tensor  # a raw state dict names its adapter
+        tensors[name.removesuffix(".default")] = tensor  # the name of the adapter, in some files
     if (rank := rank_of(tensors)) != settings.r:
-        raise ValueError(f"{folder}: adapter_config.json has r = {settings.r}, the tensors {rank}")
+        raise ValueError(
+            f"{folder}: adapter_config.json has r = {settings.r}, but the tensors have {rank}"
+        )
     return settings.lora_alpha, tensors
 
 
@@ -547,7 +556,7 @@ def is_list_of_texts(value) -> bool:
 def read_original(path: Path) -> dict[str, Tensor]:
     """The trained tensors of a checkpoint of the original (a file, or DeepSpeed's folder).
 
-    A LoRA on Whisper's decoder is left out by name: the original never computes with it.
+    A LoRA of Whisper's decoder is left out, because the original does not use the decoder.
     """
     if path.is_dir():
         path = path / "mp_rank_00_model_states.pt"
@@ -571,7 +580,7 @@ def read_original(path: Path) -> dict[str, Tensor]:
 
 
 def import_trained(args: argparse.Namespace) -> LLaST:
-    """A LLaST with the tensors that were trained elsewhere, each in its place."""
+    """A LLaST with the trained tensors of an exported folder or of the original."""
     if (args.source / "projector.safetensors").is_file():
         tensors, alphas = read_exported(args.source)
         use = read_use(args.source / "use.json")
@@ -598,7 +607,7 @@ def import_trained(args: argparse.Namespace) -> LLaST:
         tasks=tuple(use["tasks"]),
         **lora,
     )
-    # On merged base models the LoRA would be added a second time, so their fingerprints differ.
+    # Merged base models already have the LoRA in them. Their fingerprints differ: it is an error.
     check_bases(config, use["fingerprints"], args.source)
     model = LLaST.fresh(config)
     model.fill_trained(tensors, args.source)
@@ -628,7 +637,7 @@ def build_parser() -> argparse.ArgumentParser:
     stored = "; an exported folder has its own"
     add.add_argument("--template", choices=TEMPLATES, help=f"its prompt [llama2{stored}]")
     add.add_argument("--window", choices=WINDOWS, help=f"the encoder's input [30s{stored}]")
-    add.add_argument("--lang", help=f"languages it translates, as fr or fr,en-de [paper{stored}]")
+    add.add_argument("--lang", help=f"its directions, such as fr,en-de [paper{stored}]")
     for command in commands.choices.values():
         command.add_argument("--out", type=Path, required=True, help="folder to write; must be new")
     return parser

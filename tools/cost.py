@@ -13,7 +13,7 @@ try:
 except ImportError:  # Windows does not have it; there the memory is unknown
     resource = None
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository, whatever the folder is
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's folder
 
 from llama import LlamaConfig
 from llast import LLaST
@@ -25,7 +25,10 @@ from whisper_encoder import WhisperConfig
 
 
 def encoder_flops(Wc: WhisperConfig, S: int, n: int) -> tuple[int, int, int]:
-    """FLOPs of convolutions, linear layers, attention for S states, of which n are returned."""
+    """FLOPs of the convolutions, the linear layers and attention. -> three numbers
+
+    The encoder computes S states. Its last layer returns only the first n of them.
+    """
     Da, all_but_last = Wc.d_model, Wc.encoder_layers - 1
     convolutions = 12 * S * Wc.num_mel_bins * Da + 6 * S * Da * Da
     keys_and_values, others = 2 * Da * Da, 2 * Da * Da + 2 * Da * Wc.encoder_ffn_dim
@@ -52,10 +55,11 @@ def llm_flops(Lc: LlamaConfig, T: int, asked: int, past: int = 0) -> tuple[int, 
 
 
 class Meter:
-    """What the work in its `with` blocks costs. The model's LoRA must be merged.
+    """Measures time, memory and energy of its `with` blocks, and counts their FLOPs.
 
-    Hooks apply the formulas to the shapes of the tensors that reach the parts of the model, padding
-    included. The hooks are removed at the end of a block. The costs of several blocks are added.
+    The model's LoRA must be merged. Hooks apply the formulas to the shapes of the tensors that each
+    part of the model gets, with their padding. The hooks are removed at the end of a block. The
+    costs of several blocks are added.
     """
 
     def __init__(self, model: LLaST):
@@ -76,11 +80,11 @@ class Meter:
 
         self.count(self.model.speech_encoder, of_encoder)
         self.count(self.model.projector, lambda x: projector_flops(Wc, Lc, x.numel() // Wc.d_model))
-        self.count(self.model.llm.model.layers[-1], of_layers)
+        self.count(self.model.llm.model.layers[-1], of_layers)  # the formula is for all layers
         self.count(self.model.llm.lm_head, lambda x: 2 * x.numel() * Lc.vocab_size)
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        self.joules_before, self.began = gpu_joules(), time.perf_counter()
+        self.joules_before, self.start_time = gpu_joules(), time.perf_counter()
         return self
 
     def count(self, module: nn.Module, formula):
@@ -98,7 +102,7 @@ class Meter:
         elif resource:  # the peak since the process started
             unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
             self.peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        self.seconds += time.perf_counter() - self.began
+        self.seconds += time.perf_counter() - self.start_time
         if self.joules is not None:
             self.joules += gpu_joules() - self.joules_before
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository, whatever the folder is
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's folder
 
 from data import Row, parse_directions
 from llast import LLaST
@@ -58,10 +58,10 @@ def cascade(
     batch_size: int = 16,
     progress: bool = False,
 ) -> list[Translation]:
-    """Transcribe, then translate the transcript, which takes the place of the speech in the prompt.
+    """Transcribe each clip, then translate its transcript.
 
-    Both steps use the same model. A long clip is translated piece by piece. An empty transcript
-    stays empty.
+    The transcript replaces the speech in the prompt. Both steps use the same model. A long clip is
+    translated piece by piece. An empty transcript stays empty.
     """
     options = {"batch_size": batch_size, "progress": progress}
     results = translate(model, clips, "asr", source, target, search, **options)
@@ -76,7 +76,7 @@ def cascade(
         transcripts += [(result, piece) for piece in pieces if piece["text"]]
     transcripts.sort(key=lambda transcript: len(transcript[1]["text"]))
     ids = ids_of_prompt(model, "st", source, target)
-    translated = defaultdict(list)  # of each result: pieces with a text, and their scores
+    translated = defaultdict(list)  # id of a result: its (piece, score) pairs
     for start in range(0, len(transcripts), batch_size):
         batch = transcripts[start : start + batch_size]
         answers = answer(model, ids, batch, embed, search)
@@ -98,7 +98,7 @@ def cascade(
 
 def edit_distance(a: list | str, b: list | str) -> int:
     """The smallest number of insertions, deletions and substitutions that turn a into b."""
-    row = list(range(len(b) + 1))  # row[j]: from the start of a that was read, to b[:j]
+    row = list(range(len(b) + 1))  # row[j]: distance of b[:j] to the part of a so far
     for i, x in enumerate(a, start=1):
         diagonal, row[0] = row[0], i
         for j, y in enumerate(b, start=1):
@@ -131,16 +131,19 @@ def error_rates(hypotheses: list[str], references: list[str], language: str) -> 
 
 
 def rows_with_reference(rows: list[Row], task: str) -> list[Row]:
-    """All rows; for the task "asr" only those with a transcript. Also check that BLEU can run."""
+    """All rows; for "asr" only those with a transcript. Also check that BLEU can be computed."""
     if task != "asr":
         metrics(rows[0].target)  # a missing package must be an error before the work
         return rows
     spoken, source = [row for row in rows if row.sentence.strip()], rows[0].source
     if not spoken:
-        raise ValueError(f"none of the {len(rows)} {source} clips has a transcript to compare with")
+        raise ValueError(
+            f"none of the {len(rows)} {source} clips has a transcript to compare with; fill the "
+            "column sentence of the corpus"
+        )
     if len(spoken) < len(rows):
         missing = len(rows) - len(spoken)
-        print(f"{missing} {source} clips have no transcript: left out", file=sys.stderr)
+        print(f"{missing} {source} clips have no transcript and are left out", file=sys.stderr)
     return spoken
 
 
@@ -177,13 +180,13 @@ PUBLISHED = {
 CAVEAT = """\
 These are scores on the test sets of CoVoST-2. Do not compare them with scores on another corpus.
 They are quoted from Table 2 of a later paper (PLaST, AAAI 2026), not from the papers of these
-models. Summaries of LLaST state the 45.1; that it belongs to the 14B model is inferred. The papers
-differ in casing: the code of LLaST lower-cases both sides, like the column "lower-cased". They also
-differ in the release of Common Voice that has the clips."""
+models. The 45.1 is from summaries of LLaST; we infer that it is the score of the 14B model. The
+papers differ in casing: the code of LLaST lower-cases both sides, like the column "lower-cased".
+They also differ in the release of Common Voice from which the clips are."""
 
 
 def published_table(directions: list[str]) -> list[str]:
-    """Lines with the published scores of the directions, if there are any, and their caveat."""
+    """Lines with the published scores of the directions, if there are any, and how to read them."""
     columns = [i for i, name in enumerate(PUBLISHED["published BLEU"]) if name in directions]
     if not columns:
         return []
@@ -195,7 +198,7 @@ def published_table(directions: list[str]) -> list[str]:
 
 
 def corpus_of(folder: Path) -> Path:
-    """The corpus that a model was trained on. Without a run.json it is the embedded corpus."""
+    """The corpus that a model was trained on. Without a run.json it is the included corpus."""
     file = folder / "run.json"
     if not file.is_file():
         return EMBEDDED
@@ -203,12 +206,12 @@ def corpus_of(folder: Path) -> Path:
         return Path(json.loads(file.read_text(encoding="utf-8"))["data"])
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"{file} has no path of a corpus ({error!r}); name it with --data"
+            f"the path of the corpus cannot be read from {file} ({error!r}); name it with --data"
         ) from error
 
 
 def tsv_of(folder: Path, task: str, name: str) -> Path:
-    """The table of every test clip. The tables that train.py writes are called test.*.tsv."""
+    """The file for the results of all test clips. train.py already writes test.*.tsv there."""
     return folder / f"scored.{task}.{name}.tsv"
 
 
@@ -240,16 +243,18 @@ def score_results(rows: list[Row], results: list[Translation], tsv: Path | None,
 
 
 def read_tests(model: LLaST, args, folder: Path, corpus: Path) -> dict[str, list[Row]]:
-    """The rows of each test set. All mistakes are reported before the first clip is translated."""
+    """The rows of each test set. Every wrong option is an error before the first translation."""
     tests = {}
     for source, target in parse_directions(args.test):
         name = source if args.task == "asr" else f"{source}-{target}"
         choose_direction(model, name, folder, args.task)
         if name in tests:
-            continue  # a language is transcribed once, whatever its targets are
+            continue  # for en-de,en-ja, English is transcribed once
         rows = read_splits(corpus, source, target, ["test"])["test"]
         if not rows:
-            raise ValueError(f"the {source}-{target} corpus in {corpus} has no test clips")
+            raise ValueError(
+                f"the {source}-{target} corpus in {corpus} has no test clips; use another --data"
+            )
         tests[name] = rows_with_reference(rows, args.task)
     for name in tests:
         check_writable(tsv_of(folder, args.task, name))
@@ -262,13 +267,13 @@ def run_tests(model: LLaST, args, folder: Path, meter) -> list[Translation]:
     tests = read_tests(model, args, folder, corpus)
     print(f"corpus: {corpus}", file=sys.stderr)
     options = {"batch_size": args.batch, "progress": True}
-    scores, everything = {}, []
+    scores, all_results = {}, []
     for name, rows in tests.items():
         tsv = tsv_of(folder, args.task, name)
         paths, languages = [row.path for row in rows], (rows[0].source, rows[0].target)
         with meter:
             results = run_task(model, paths, args.task, *languages, search_options(args), **options)
-        everything += results
+        all_results += results
         scores[name] = score_results(rows, results, tsv, args.task)
         print(f"every clip with its reference and its hypothesis: {tsv}", file=sys.stderr)
         if args.json:
@@ -281,7 +286,7 @@ def run_tests(model: LLaST, args, folder: Path, meter) -> list[Translation]:
     if args.task != "asr" and corpus.resolve() != EMBEDDED.resolve():
         for line in published_table(list(tests)):
             print(line, file=sys.stderr if args.json else sys.stdout)
-    return everything
+    return all_results
 
 
 def run_clips(model: LLaST, args, folder: Path, meter) -> list[Translation]:
@@ -314,7 +319,7 @@ def build_parser() -> argparse.ArgumentParser:
         "translate.py")  # fmt: skip
     add("--test", metavar="LANGS", help="directions to score, as fr,de,en-ja")
     add("--data", type=Path, help="corpus [the one that the model was trained on]")
-    add("--lang", help="of audio files: language or direction, if the model has several")
+    add("--lang", help="with audio files: language or direction, if the model has several")
     add("--task", choices=("st", "asr", "cascade"), default="st",
         help="st translates [st], asr transcribes, cascade translates the transcript")  # fmt: skip
     add("--stats", action="store_true", help="print time, FLOPs, memory and energy at the end")
@@ -325,12 +330,12 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     check_options(args)
     if bool(args.test) == bool(args.audio):
-        raise ValueError("expected --test or audio files, but there are both or neither")
+        inputs = "both" if args.test else "neither"
+        raise ValueError(f"expected --test or audio files, found {inputs}; give one of the two")
     for name, need in (("data", "test"), ("lang", "audio")):
         if getattr(args, name) and not getattr(args, need):
-            raise ValueError(
-                f"--{name} is only for {'--test' if need == 'test' else 'audio files'}"
-            )
+            other = "--test" if need == "test" else "audio files"
+            raise ValueError(f"--{name} is only for {other}, which are not given; leave it out")
     model, folder = load_model(args)
     meter = Meter(model) if args.stats else nullcontext()
     results = (run_tests if args.test else run_clips)(model, args, folder, meter)

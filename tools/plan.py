@@ -3,7 +3,7 @@
     python tools/plan.py llast-8b --lang fr
 
 It needs no weights. Sizes: B clips in a batch, S states in the encoder, P positions in the LLM,
-Da and D the widths of the two models.
+Da the width of the encoder, D the width of the LLM.
 """
 
 import argparse
@@ -49,23 +49,27 @@ def geometry(base: Path, kind):
         return kind.from_json(base / "config.json")
     if base.name not in GEOMETRY:
         raise FileNotFoundError(
-            f"{base} has no config.json; a plan needs one, except for {', '.join(GEOMETRY)}"
+            f"{base} has no config.json; download it, or choose one of {', '.join(GEOMETRY)}"
         )
     return GEOMETRY[base.name]
 
 
 def count_examples(settings: Preset, clips: int | None) -> tuple[list[tuple[str, int, int]], float]:
-    """(direction, rows to translate, rows to transcribe) of an epoch, and the seconds of a clip.
+    """(direction, rows to translate, rows to transcribe) of an epoch, and mean seconds of a clip.
 
-    They are read from the corpus if it exists; otherwise they are CoVoST-2's. If `clips` is given,
-    only so many clips of each direction count. A clip of several directions is transcribed once.
+    They are read from the corpus if it exists. Otherwise they are the numbers of CoVoST-2. If
+    `clips` is a number, only the first `clips` clips of each direction are counted. A clip that is
+    translated into several languages is transcribed once.
     """
     counts, seconds, sources = [], 0.0, set()
     for source, target in parse_directions(settings.lang):
         if settings.data.is_dir():
             rows = read_corpus(settings.data, source, target)[0]["train"][:clips]
             if not rows:
-                raise ValueError(f"the {source}-{target} corpus in {settings.data} has no clips")
+                raise ValueError(
+                    f"the {source}-{target} corpus in {settings.data} has no usable train clips; "
+                    "name another one with --data"
+                )
             n, mean = len(rows), sum(row.seconds for row in rows) / len(rows)
             share = sum(bool(row.sentence.strip()) for row in rows) / n
         else:
@@ -94,15 +98,15 @@ def activation_bytes(settings, Wc: WhisperConfig, Lc: LlamaConfig, B: int, S: in
 
     Counted line by line in SelfAttention, Attention, MLP and LoRALinear; the dropout of LoRALinear
     keeps a mask of one byte and a copy of its input. A recomputed layer keeps only its input, plus
-    the activations of the one layer that is computed again. The states that the last layer of the
-    encoder leaves out in a 30 s window are counted, too.
+    the activations of the one layer that is computed again. The last layer of the encoder computes
+    fewer states in a 30 s window; this is ignored here.
     """
     D, H, F = Lc.hidden_size, Lc.num_attention_heads, Lc.intermediate_size
     q, kv = H * Lc.head_dim, Lc.num_key_value_heads * Lc.head_dim
     Da, Fe = Wc.d_model, Wc.encoder_ffn_dim
-    if settings.dropout:  # a copy for each of the seven matrices in the LLM, and of the six
+    if settings.dropout:  # each matrix keeps its input: seven per LLM layer, six per encoder layer
         attention, mlp, encoder = 3 * (3 * D + q), 3 * (2 * D + F), 3 * (5 * Da + Fe)
-    else:  # one for all matrices that read it; attention already keeps the one of o_proj
+    else:  # matrices with the same input keep it once; attention keeps the input of o_proj anyway
         attention, mlp, encoder = 2 * D, 2 * (D + F), 2 * (2 * Da + Fe)
     attention += 4 * D + 4 * (q + kv) + 4 * H + 2 * 4 * settings.llm_rank
     mlp += 4 * D + 6 * F + 2 * 3 * settings.llm_rank
@@ -123,20 +127,19 @@ def activation_bytes(settings, Wc: WhisperConfig, Lc: LlamaConfig, B: int, S: in
 def translation_bytes(settings: Preset, Wc: WhisperConfig, Lc: LlamaConfig, S: int, P: int) -> int:
     """Bytes that a translation of CLIPS clips needs in addition to the weights, in bf16.
 
-    The largest of three: a layer of the encoder; the last layer but one that reads the prompts,
-    with the keys and values so far; the beam steps, with the cache and the logits.
+    This is the maximum of three moments: a layer of the encoder; the prefill in the next-to-last
+    layer of the LLM, with the keys and values of the earlier layers; a beam step, with the KV cache
+    and the logits.
     """
     F, D, kv = Lc.intermediate_size, Lc.hidden_size, Lc.num_key_value_heads * Lc.head_dim
     encoder = 2 * CLIPS * S * (2 * Wc.encoder_ffn_dim + 3 * Wc.d_model)
     position = 2 * 2 * kv  # keys and values, of one layer
     prompts = CLIPS * P * ((Lc.num_hidden_layers - 1) * position + 2 * (3 * F + 6 * D))
-    room = P  # it grows as llama.Cache lets it grow
+    room = P  # positions for which the cache has memory; it grows as in llama.Cache
     while room < P + settings.beams * (ANSWER - 1):
         room += max(settings.beams, room // 2)
-    groups, keys = (
-        Lc.num_attention_heads // Lc.num_key_value_heads,
-        P + settings.beams * (ANSWER - 1),
-    )
+    groups = Lc.num_attention_heads // Lc.num_key_value_heads
+    keys = P + settings.beams * (ANSWER - 1)
     mask = 3 * groups * settings.beams * keys  # as bool, and in bf16 for the kernel
     steps = CLIPS * (
         Lc.num_hidden_layers * position * room + 14 * settings.beams * Lc.vocab_size + mask
@@ -198,7 +201,7 @@ def print_plan(settings: Preset, clips: int | None):
         f"arithmetic  {flops / 1e9:,.0f} GFLOP a row\n"
         f"time        {f'{hours:.1f} h' if hours > 0.1 else 'less than 0.1 h'} for "
         f"{settings.epochs} epoch{'s'[: settings.epochs > 1]} at {SHARE:.0%} of "
-        f"{FLOPS / 1e12:.0f} TFLOP/s (one H100; counted, not measured)"
+        f"{FLOPS / 1e12:.0f} TFLOP/s (one H100; by formula, not measured)"
     )
     print_downloads(settings)
 
@@ -248,7 +251,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Print what a training run needs. No weights are necessary.",
         epilog="It also takes all options of train.py.",
     )
-    parser.add_argument("preset", choices=PRESETS, help="values of the options that you leave out")
+    parser.add_argument("preset", choices=PRESETS, help="defaults of the other options")
     return parser
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository, whatever the folder is
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's folder
 
 from data import (
     FROM_ENGLISH,
@@ -69,14 +69,14 @@ class Entry:
 
 @dataclass
 class Entries:
-    """The rows of a direction, and by reason the rows that are in no split."""
+    """The rows of a direction, and the rows that are in no split, grouped by the reason."""
 
     by_path: dict[str, Entry] = field(default_factory=dict)
     left_out: dict[str, list[str]] = field(default_factory=dict)
     note: str = ""  # for the report
 
     def add(self, entry: Entry):
-        """Add a row. A path that is already there counts once, with its first row."""
+        """Add a row. If a path occurs twice, only its first row is used."""
         first = self.by_path.setdefault(entry.path, entry)
         if first is not entry:
             self.leave_out("path twice", f"{entry.place}: {entry.path}: first in {first.place}")
@@ -87,30 +87,31 @@ class Entries:
 
 # ----------------------------------------------------------------------------- find and read tables
 
-# Each corpus has a function that quickly finds the folder of the clips and the tables, and one
-# that reads the tables.
+# Each corpus has two functions. find_... returns the folder of the clips and the tables, and raises
+# an error if they do not exist. read_... reads the tables.
 
 
 def existing(path: Path, name: str) -> Path:
     if not path.exists():
-        raise FileNotFoundError(f"no {name}: {path} does not exist")
+        raise FileNotFoundError(f"no {name}: {path} does not exist; check the path")
     return path
 
 
 def find_covost2(args: argparse.Namespace, source: str, target: str) -> tuple[Path, list[Path]]:
-    """Common Voice's folder of the language, and CoVoST-2's table in its folder or one below."""
+    """The folder of the clips, and two tables: Common Voice's sentences and CoVoST-2's own."""
     root, name = args.common_voice, f"covost_v2.{source}_{target}.tsv"
     folders = [path for path in (root / source, root) if (path / "validated.tsv").is_file()]
     if not folders:
         raise FileNotFoundError(
-            f"no Common Voice in {root}: neither {source}/validated.tsv nor validated.tsv exists"
+            f"no Common Voice in {root}: neither {source}/validated.tsv nor validated.tsv exists; "
+            "unpack it there, or name another folder"
         )
     tables = [
         path for path in (args.covost / name, *args.covost.glob(f"*/{name}")) if path.is_file()
     ]
     if not tables:
         raise FileNotFoundError(
-            f"no translations: {name} is not in {args.covost} or in a folder there. "
+            f"no translations: {name} is not in {args.covost} or a folder in it; unpack it there. "
             f"CoVoST-2 has all languages into en, and en into {', '.join(FROM_ENGLISH)}"
         )
     clips = existing(folders[0] / "clips", "clips")
@@ -135,7 +136,10 @@ def read_covost2(args: argparse.Namespace, source: str, tables: list[Path]) -> E
         else:
             entries.add(Entry(place, path, sentences[path], row["translation"], split))
     if not entries.by_path:
-        raise ValueError(f"{translated} and {spoken} have no clip of {', '.join(SPLITS)} in common")
+        raise ValueError(
+            f"{translated} and {spoken} have no clip of {', '.join(SPLITS)} in common; use the "
+            "same language, and Common Voice 4"
+        )
     return entries
 
 
@@ -146,7 +150,7 @@ def find_fleurs(args: argparse.Namespace, source: str, target: str) -> tuple[Pat
 
 
 def read_fleurs(args: argparse.Namespace, source: str, tables: list[Path]) -> Entries:
-    """FLEURS has each sentence in every language: a translation is the target's row with its id."""
+    """FLEURS has each sentence in every language: rows of a sentence have the same id."""
     entries, columns = Entries(), ["id", "file_name", "raw_transcription"]
     for split, spoken, translated in zip(SPLITS, tables[::2], tables[1::2]):
         rows = read_table(translated, columns, header=FLEURS_HEADER, **PLAIN)
@@ -179,8 +183,10 @@ def read_own_table(args: argparse.Namespace, source: str, tables: list[Path]) ->
         else:
             entries.add(Entry(place, path, row.get("sentence", ""), row["translation"], split))
     if not entries.by_path:
-        found = f"its column lang holds {sorted(languages)}" if languages else "it has no rows"
-        raise ValueError(f"{args.table} has no row of {source}: {found}")
+        content = f"its column lang has {sorted(languages)}" if languages else "it has no rows"
+        raise ValueError(
+            f"{args.table} has no row of {source}: {content}; check --lang and --table"
+        )
     if not has_splits:
         check_drawn_splits(args.table, entries)
         entries.note = "the table has no column split: 1 clip of 20 was drawn for dev, 1 for test"
@@ -188,9 +194,9 @@ def read_own_table(args: argparse.Namespace, source: str, tables: list[Path]) ->
 
 
 def draw_split(path: str) -> str:
-    """One clip of 20 for dev and one for test. The name decides, so later runs draw the same."""
-    place = int(hashlib.sha256(path.encode()).hexdigest(), 16) % 20
-    return {0: "dev", 1: "test"}.get(place, "train")
+    """Draw one clip of 20 for dev and one for test, always the same ones for the same paths."""
+    number = int(hashlib.sha256(path.encode()).hexdigest(), 16) % 20
+    return {0: "dev", 1: "test"}.get(number, "train")
 
 
 def check_drawn_splits(table: Path, entries: Entries):
@@ -214,7 +220,7 @@ CORPORA = {
 
 
 def text_problem(entry: Entry, corpus: str) -> str:
-    """Why a row cannot be used, whatever its audio is; "" if it can."""
+    """The reason why the text of a row cannot be used; "" if it can."""
     if is_blank(entry.translation):
         return "empty text"
     is_marked = corpus == "covost2" and re.search(r"\bREMOVE\b", entry.translation)
@@ -227,12 +233,12 @@ class Clip:
 
     entry: Entry
     audio: Path
-    name: str  # of the FLAC, from the folder of clips on
+    name: str  # path of the FLAC inside the folder of clips
     flac: Path
 
 
 def plan_clips(entries: list[Entry], audio: Path, clips: Path) -> list[Clip]:
-    """Where each clip is and where its FLAC will be. Two clips with one FLAC are an error."""
+    """Find each clip and name its FLAC. It is an error if two clips get the same name."""
     files, planned = set(list_files(audio)), {}
     for entry in entries:
         path = path_inside(entry.path, audio, files, entry.place)
@@ -242,7 +248,7 @@ def plan_clips(entries: list[Entry], audio: Path, clips: Path) -> list[Clip]:
         clip = Clip(entry, audio / path, name, clips / name)
         if other := planned.get(name):
             paths = f"{entry.path} and {other.entry.path}"
-            raise ValueError(f"{entry.place}: {paths} would both be {name}; rename one of them")
+            raise ValueError(f"{entry.place}: {paths} would both become {name}; rename one of them")
         planned[name] = clip
     return list(planned.values())
 
@@ -263,7 +269,7 @@ class Converted:
 def convert(clip: Clip) -> Converted:
     """Decode a clip and write it as FLAC, 16 kHz, mono, 16 bits.
 
-    A clip that is too long is only written if it is in test, where it is translated in pieces.
+    A clip that is too long is written only if it is in test: test clips are translated in pieces.
     """
     seconds = seconds_before(clip)
     was_there = seconds > 0
@@ -308,14 +314,14 @@ def write_whole(path: Path, content: bytes):
 
 
 def as_worker():
-    """One thread, because there is a process for each core. Only the first process hears Ctrl-C."""
+    """Set up a process: one thread, because each core has a process; the parent handles Ctrl-C."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def convert_all(clips: list[Clip], label: str) -> list[Converted]:
-    """Convert on all cores. If stopped, finish the clips that have begun and skip the others."""
+    """Convert on all cores. After Ctrl-C, finish the clips in progress and skip the others."""
     with ProcessPoolExecutor(os.cpu_count(), initializer=as_worker) as pool:
         try:
             results = pool.map(convert, clips, chunksize=8)
@@ -353,7 +359,7 @@ def prepare(args: argparse.Namespace, source: str, target: str) -> list[str]:
     kept = keep_usable(clips, convert_all(clips, direction), report)
 
     (folder / "clips").mkdir(parents=True, exist_ok=True)
-    # The report comes first: a folder with a report was prepared here.
+    # Write the report before the table: check_out refuses a table without a report.
     text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     write_whole(folder / f"prepared.{direction}.json", text.encode())
     write_corpus(folder / f"{direction}.tsv", kept)
@@ -365,31 +371,36 @@ def prepare(args: argparse.Namespace, source: str, target: str) -> list[str]:
 
 
 def check_out(folder: Path, audio: Path, origin: dict):
-    """Directions of one corpus may share a folder. Clips of two corpora could have equal names."""
+    """Raise an error if the folder already has another corpus.
+
+    Directions of one corpus share a folder. Clips of two corpora could have the same name.
+    """
     if os.path.realpath(folder / "clips") == os.path.realpath(audio):
-        raise ValueError(f"{folder} is the corpus itself; name another folder with --out")
+        raise ValueError(f"{folder} has the original clips; choose another folder with --out")
     reports = sorted(folder.glob("prepared.*.json"))
     tables = [*folder.glob(f"{folder.name}-*.tsv"), *folder.glob("validated.tsv")]
     if tables and not reports:
-        raise ValueError(f"{folder} has a corpus that was not prepared here; name another --out")
+        raise ValueError(
+            f"{folder} has a corpus that prepare.py did not make; choose another --out"
+        )
     for file in reports:
         try:
             before = json.loads(file.read_text(encoding="utf-8"))
             others = [key for key in ("corpus", "audio") if before[key] != origin[key]]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{file} is not a report ({error!r}); name another --out") from error
+            raise ValueError(f"{file} is not a report ({error!r}); choose another --out") from error
         if others:
             differs = "; ".join(f"{k}: {before[k]} there, {origin[k]} now" for k in others)
-            raise ValueError(f"{file} is of another corpus ({differs}); name another --out")
+            raise ValueError(f"{file} is of another corpus ({differs}); choose another --out")
 
 
 def keep_usable(
     clips: list[Clip], results: list[Converted], report: dict
 ) -> list[tuple[Clip, Converted]]:
-    """The rows of the prepared corpus; report counts them, and what is wrong with the others.
+    """The rows of the prepared corpus. Their numbers and all problems are added to `report`.
 
-    A clip without usable audio leaves train and dev. In test it stays: without it the score could
-    not be compared with others.
+    A clip without usable audio is left out of train and dev. It stays in test: without it the score
+    could not be compared with others.
     """
     kept = []
     for clip, result in zip(clips, results, strict=True):
@@ -504,7 +515,10 @@ def build_parser() -> argparse.ArgumentParser:
 def run_prepare(args: argparse.Namespace) -> int:
     directions = parse_directions(args.lang)
     if args.corpus == "table" and len(directions) > 1:
-        raise ValueError(f"--lang {args.lang}: a table is prepared one direction at a time")
+        raise ValueError(
+            f"--lang {args.lang} has {len(directions)} directions, but a table has one; run the "
+            "command once for each direction"
+        )
     find, _ = CORPORA[args.corpus]
     for direction in directions:  # report missing files before hours of work
         find(args, *direction)
@@ -513,7 +527,7 @@ def run_prepare(args: argparse.Namespace) -> int:
         if empty := prepare(args, source, target):
             print(
                 f"prepare.py: {source}-{target} has no usable clip in {', '.join(empty)}; "
-                "the numbers above say why",
+                "see the numbers above",
                 file=sys.stderr,
             )
             code = 1
@@ -534,5 +548,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # handle SIGTERM like Ctrl-C
     sys.exit(main())

@@ -389,7 +389,7 @@ def test_another_pt_file_is_not_a_whisper(tmp_path):
 def test_metas_scaled_rotation_is_refused(tmp_path):
     source = as_source({}, tmp_path / "source" / "consolidated.00.pth")
     (source / "params.json").write_text(json.dumps({"use_scaled_rope": True}))
-    assert "asks for use_scaled_rope, which is not built here" in refusal(source)
+    assert "sets use_scaled_rope, which is not supported here" in refusal(source)
 
 
 ODD_VALUES = (None, "x", -1, 0, 10**9, 10**30, 0.5, float("nan"), [], {}, [1], True)
@@ -614,7 +614,7 @@ def test_the_merged_folders_are_a_llast_without_lora(bases):
 def test_an_existing_folder_is_not_overwritten(bases, monkeypatch, capsys):
     trained_model(bases).save_pretrained(bases / "run")
     assert command(monkeypatch, "export", bases / "run", "--out", bases / "llama") == 2
-    assert "llama is there already; name another folder" in capsys.readouterr().err
+    assert "llama already exists; choose another folder" in capsys.readouterr().err
 
 
 def test_a_command_that_fails_leaves_no_files(bases, monkeypatch, capsys):
@@ -653,7 +653,7 @@ def test_an_adapter_of_another_kind_is_refused_by_name(bases, change):
     export(trained_model(bases), bases / "out")
     file = bases / "out" / "llm-lora" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(ValueError, match=f"asks for .*{next(iter(change))}.*not built here"):
+    with pytest.raises(ValueError, match=f"has .*{next(iter(change))}.*not supported here"):
         read_peft(bases / "out" / "llm-lora")
 
 
@@ -681,7 +681,7 @@ def test_an_adapter_of_another_rank_than_its_configuration_is_refused(bases):
     export(trained_model(bases), bases / "out")
     file = bases / "out" / "llm-lora" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 8}))
-    with pytest.raises(ValueError, match="adapter_config.json has r = 8, the tensors 4"):
+    with pytest.raises(ValueError, match="adapter_config.json has r = 8, but the tensors have 4"):
         read_peft(bases / "out" / "llm-lora")
 
 

@@ -150,7 +150,7 @@ def test_rows_without_a_sentence_are_left_out_of_the_error_rates(tmp_path, capsy
     rows = rows_of("fr", "en")
     silent = Row(Path("silent.mp3"), " ", "said", "fr", "en", 1.0)
     assert rows_with_reference([silent, *rows], "asr") == rows
-    assert "1 fr clips have no transcript: left out" in capsys.readouterr().err
+    assert "1 fr clips have no transcript and are left out" in capsys.readouterr().err
     results = results_of(rows, "dit fr 0", "dit de 1", None)
     scores = score_results(rows, results, tmp_path / "out.tsv", "asr")
     assert scores["wer"] == round(100 * (1 + 3) / 9, 2)
@@ -253,7 +253,7 @@ def test_json_is_an_object_for_each_direction(command):
 def test_a_missing_test_set_is_reported_before_the_first_clip(command, says, without_mecab):
     code, lines, err = command("--test", "fr,es")
     assert (code, lines, says.calls) == (2, [], [])
-    assert err.endswith("has no test clips\n") and err.count("\n") == 1
+    assert err.endswith("has no test clips; use another --data\n") and err.count("\n") == 1
     code, lines, err = command("--test", "fr,en-ja")
     assert code == 2 and "--lang is en-ja; " in err and says.calls == []
 
@@ -284,7 +284,7 @@ def test_published_scores_follow_the_models_scores_with_a_caveat(command, tmp_pa
     for words in (
         "CoVoST-2",
         "PLaST, AAAI 2026",
-        "inferred",
+        "we infer",
         "lower-cases",
         "Common Voice",
         "another corpus",

@@ -544,7 +544,7 @@ def refused(capsys, *flags) -> str:
         ("a.wav\tx\tvalid", r"mine\.tsv:2: the split is 'valid'; write one of train, dev, test"),
         ('a.wav\t"No", he said.\ttrain', r"mine\.tsv:2: .* quotation mark must end with one"),
         ("a.wav\tx", r"mine\.tsv:2: expected 3 cells \['path', 'translation', 'split'\], found 2"),
-        ("a.wav\tx\ttrain\na.mp3\ty\ttrain", r":3: a\.mp3 and a\.wav would both be a\.flac"),
+        ("a.wav\tx\ttrain\na.mp3\ty\ttrain", r":3: a\.mp3 and a\.wav would both become a\.flac"),
         ("", r"mine\.tsv has no row of cy: it has no rows"),
     ],
 )
@@ -560,9 +560,7 @@ def test_a_bad_row_is_named_and_nothing_is_written(tmp_path, capsys, row, messag
 def test_the_error_for_a_table_of_other_languages_names_them(tmp_path, capsys):
     write_clip(tmp_path / "audio" / "a.wav")
     write_lines(tmp_path / "mine.tsv", "path\ttranslation\tlang", "a.wav\tx\twelsh")
-    assert "no row of cy: its column lang holds ['welsh']" in refused(
-        capsys, *table_flags(tmp_path)
-    )
+    assert "no row of cy: its column lang has ['welsh']" in refused(capsys, *table_flags(tmp_path))
 
 
 def test_missing_files_are_reported_before_any_work(common_voice, capsys):
@@ -588,7 +586,7 @@ def test_missing_files_are_reported_before_any_work(common_voice, capsys):
     nowhere = ("table", "--table", "x", "--audio", common_voice)
     more = ("--lang", "fr", "--out", common_voice / "out")
     assert "no table --table: x does not exist" in refused(capsys, *nowhere, *more)
-    assert "a table is prepared one direction" in refused(
+    assert "run the command once for each direction" in refused(
         capsys, *table_flags(common_voice)[:6], "fr,de", "--out", common_voice / "out"
     )
 
@@ -603,12 +601,12 @@ def test_a_corpus_is_not_overwritten_and_not_mixed_with_another(common_voice, ca
     flags = list(flags_for(common_voice))
     flags[8] = common_voice / "cv"
     before = content(common_voice / "cv")
-    assert "is the corpus itself; name another folder" in refused(capsys, *flags)
+    assert "has the original clips; choose another folder" in refused(capsys, *flags)
     assert content(common_voice / "cv") == before
 
     flags[8] = common_voice / "out"
     write_lines(common_voice / "out" / "fr" / "validated.tsv", "path\tsentence", "mine\tmine")
-    assert "a corpus that was not prepared here" in refused(capsys, *flags)
+    assert "a corpus that prepare.py did not make" in refused(capsys, *flags)
     (common_voice / "out" / "fr" / "validated.tsv").unlink()
 
     assert prepare(*flags) == 0
