@@ -65,8 +65,7 @@ class Preset:
     schedule: str  # how the learning rate falls: linear or cosine
     warmup: float  # share of all steps in which it rises
     # The size of a batch is given in positions of the LLM (speech and text), because rows differ in
-    # length and the memory depends on the positions. With accumulation, several batches make one
-    # step.
+    # length and the memory depends on positions. With accumulation, several batches make a step.
     batch: int  # largest number of positions in a batch
     accumulate: int  # batches in a step
     recompute: str  # activation checkpointing: none, llm (only the LLM), all (also the encoder)

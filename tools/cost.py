@@ -41,15 +41,15 @@ def projector_flops(Wc: WhisperConfig, Lc: LlamaConfig, S: int) -> int:
     return 2 * S * (Wc.d_model * D + 2 * D * D)
 
 
-def llm_flops(Lc: LlamaConfig, T: int, asked: int, past: int = 0) -> tuple[int, int]:
+def llm_flops(Lc: LlamaConfig, T: int, n_mlp: int, past: int = 0) -> tuple[int, int]:
     """FLOPs of linear layers and attention for T positions after `past` others, without the head.
 
-    The last MLP computes only `asked` of the T positions.
+    The last MLP computes only n_mlp of the T positions.
     """
     D, layers, q = Lc.hidden_size, Lc.num_hidden_layers, Lc.num_attention_heads * Lc.head_dim
     kv = Lc.num_key_value_heads * Lc.head_dim
     linears = 2 * T * layers * (2 * D * q + 2 * D * kv)
-    linears += 2 * ((layers - 1) * T + asked) * 3 * D * Lc.intermediate_size
+    linears += 2 * ((layers - 1) * T + n_mlp) * 3 * D * Lc.intermediate_size
     pairs = T * past + T * (T + 1) // 2  # (query, key): each position and all before it
     return linears, 4 * layers * q * pairs
 
@@ -74,9 +74,9 @@ class Meter:
         def of_encoder(mel, lengths, n):
             return len(mel) * sum(encoder_flops(Wc, mel.shape[2] // 2, n))
 
-        def of_layers(x, cos, sin, past, can_attend, asked):
+        def of_layers(x, cos, sin, past, can_attend, selection):
             (B, T, _), n = x.shape, past[2] if past else 0
-            return B * sum(llm_flops(Lc, T, T if asked is None else len(asked[0]) // B, n))
+            return B * sum(llm_flops(Lc, T, T if selection is None else len(selection[0]) // B, n))
 
         self.count(self.model.speech_encoder, of_encoder)
         self.count(self.model.projector, lambda x: projector_flops(Wc, Lc, x.numel() // Wc.d_model))

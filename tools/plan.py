@@ -158,7 +158,7 @@ def example_flops(
     """
     convolutions, in_encoder, attention = encoder_flops(Wc, S, n)
     P = n + text
-    in_llm, causal = llm_flops(Lc, P, asked=answer)
+    in_llm, causal = llm_flops(Lc, P, n_mlp=answer)
     in_encoder_layer, in_attention, in_mlp = lora_size(settings, Wc, Lc)
     keys_and_values = settings.encoder_rank * 4 * Wc.d_model
     encoder_lora = 2 * S * Wc.encoder_layers * in_encoder_layer
