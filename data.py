@@ -3,20 +3,23 @@
     clips and a table -> rows -> examples (translate or transcribe) -> ids and labels -> batches
 
 A corpus is a folder of clips, corpus/fr/clips/, and a table with tabs between its cells,
-corpus/fr/fr-en.tsv. You can write the table in a text editor or a spreadsheet. Seconds may be
-missing: then the clip is opened to measure it. Other columns are ignored.
+corpus/fr/fr-en.tsv. You can write the table in a text editor or a spreadsheet. The column seconds
+may be missing or empty. Then the length is read from the sound file. Other columns are ignored.
 
-    path         sentence            translation               split    seconds
-    a.wav        Le chat dort.       The cat sleeps.           train    1.48
-    far/b.mp3    « Oui », dit-il.    "He said ""yes"" to me."    dev
+    path         sentence            translation             split    seconds
+    a.wav        Le chat dort.       The cat sleeps.         train    1.48
+    far/b.mp3    « Oui », dit-il.    "He said ""yes""."      dev
 
-One row of a batch. It is drawn with words instead of ids; "-" is IGNORE:
+A cell that contains a quotation mark is in quotation marks, and each " inside it is doubled.
 
-    ids      <s>  [INST]  AUDIO_ID  Please translate ... [/INST]  The  cat  sleeps  .  </s>
-    labels   -    -       -         -                             The  cat  sleeps  .  </s>
+One row of a batch, with words instead of ids. A dot is IGNORE, a position without a loss:
 
-The LLM gets the speech in the place of AUDIO_ID. `prompt_for` is the only function that makes a
-prompt, for training and for translation.
+    ids      <s>  [INST]  AUDIO_ID  Please  ...  [/INST]  Where  is  it  ?  </s>
+    labels    .     .        .        .     ...     .     Where  is  it  ?  </s>
+
+Here the label of a token is the token itself. LLaST.forward moves the labels one place to the left,
+because each position predicts the next token. It also replaces AUDIO_ID by the speech embeddings.
+`prompt_for` makes the prompts for training and for translation.
 
 Sizes: B rows, N samples of a clip, T ids.
 """
@@ -44,7 +47,7 @@ from whisper_encoder import (
     n_states,
 )
 
-LANGUAGES = {  # codes of Common Voice -> names in the prompt; English is the first
+LANGUAGES = {  # codes of Common Voice -> names in the prompt; GROUPS skips the first, English
     "en": "English", "fr": "French", "es": "Spanish", "zh-CN": "Chinese", "de": "German",
     "ja": "Japanese", "ca": "Catalan", "it": "Italian", "ru": "Russian", "pt": "Portuguese",
     "fa": "Persian", "et": "Estonian", "mn": "Mongolian", "nl": "Dutch", "tr": "Turkish",
@@ -54,34 +57,41 @@ LANGUAGES = {  # codes of Common Voice -> names in the prompt; English is the fi
 
 
 def check_language(code: str) -> str:
-    """The code itself, if it is known. The error for an unknown code names the nearest one."""
+    """Return the code. The ValueError for an unknown code names the most similar known code."""
     if code not in LANGUAGES:
+        # Lower-case codes and names -> codes: "zh-cn" and "chinese" -> "zh-CN".
         codes = {text.lower(): c for c, name in LANGUAGES.items() for text in (c, name)}
-        near = [text for text in codes if text.startswith(code.lower())]
-        near = near or difflib.get_close_matches(code.lower(), codes, n=1, cutoff=0.5)
-        hint = f"did you mean {codes[near[0]]!r}? Known" if near and code else "known"
-        raise ValueError(f"unknown language {code!r}; {hint}: {', '.join(LANGUAGES)}")
+        similar = [text for text in codes if text.startswith(code.lower())]
+        similar = similar or difflib.get_close_matches(code.lower(), codes, n=1, cutoff=0.5)
+        hint = f"did you mean {codes[similar[0]]!r}? If not, " if similar and code else ""
+        raise ValueError(f"unknown language {code!r}; {hint}write one of {', '.join(LANGUAGES)}")
     return code
 
 
-# CoVoST-2 translates all other languages into English, and English into these.
+# CoVoST-2 has translations from every other language into English, and from English into these.
 FROM_ENGLISH = "de tr fa sv-SE mn zh-CN cy ca sl et id ar ta lv ja".split()
 GROUPS = {
     "all": ",".join([*list(LANGUAGES)[1:], *(f"en-{code}" for code in FROM_ENGLISH)]),
-    "paper": "fr,es,de,it,zh-CN,ja,en-ja,en-de,en-zh-CN",
+    "paper": "fr,es,de,it,zh-CN,ja,en-ja,en-de,en-zh-CN",  # the directions of the paper
 }
 
 
 def parse_directions(text: str) -> list[tuple[str, str]]:
-    """(source, target) of each item of a list such as "fr,en-de". "all" and "paper" are GROUPS."""
-    items = ",".join(GROUPS.get(item.strip(), item) for item in text.split(",")).split(",")
-    return list(dict.fromkeys(parse_direction(item.strip()) for item in items))
+    """Return (source, target) of each direction in a list such as "fr,en-de", each only once.
+
+    "all" and "paper" are replaced by the lists in GROUPS.
+    """
+    items = []
+    for item in map(str.strip, text.split(",")):
+        items += GROUPS.get(item, item).split(",")
+    return list(dict.fromkeys(map(parse_direction, items)))
 
 
 def parse_direction(text: str) -> tuple[str, str]:
-    """(source, target) of "fr" (into English), "fr-en" or "en-zh-CN"."""
+    """Return (source, target) of "fr" (into English), "fr-en" or "en-zh-CN"."""
     if text == "en":
-        raise ValueError("en lacks the language to translate into; name it, as in en-de")
+        raise ValueError("the direction 'en' has no target language; write it, as in en-de")
+    # "zh-CN" has a hyphen, but it is one language.
     if text not in LANGUAGES and "-" in text and text.split("-").count("en") != 1:
         raise ValueError(f"{text}: exactly one side has to be English, as in fr-en or en-de")
     if text.startswith("en-"):
@@ -92,35 +102,37 @@ def parse_direction(text: str) -> tuple[str, str]:
 # ------------------------------------------------------------------------------------------ corpora
 
 SPLITS = ("train", "dev", "test")
-csv.field_size_limit(1 << 30)  # one cell may be longer than the 128 KiB that Python allows
+csv.field_size_limit(1 << 30)  # csv allows 128 KiB per cell, and a column of notes may need more
 
 
 @dataclass(frozen=True)
 class Row:
-    """One clip of a corpus, and what is said in it in two languages."""
+    """One clip of a corpus, its sentence, and the translation of this sentence."""
 
     path: Path
     sentence: str
     translation: str
-    source: str  # language codes
-    target: str
+    source: str  # language code of the sentence
+    target: str  # language code of the translation
     seconds: float
 
 
 def write_table(path: Path, columns, rows):
-    """Write a tab-separated table. read_table, pandas and spreadsheets read the same cells again.
+    """Write a tab-separated table, which read_table, pandas and spreadsheets read in the same way.
 
-    A cell with a quotation mark is put in quotation marks, as csv does it, and the mark is doubled.
-    A tab or a line break in a cell becomes a space. The table replaces an older one only when it
-    is complete.
+    A cell that contains " is written as "...", with each " inside doubled, as csv does it. A tab or
+    a line break in a cell becomes a space. An existing table is replaced only after the new one is
+    completely written.
     """
     lines = ["\t".join(map(quote, row)) for row in (columns, *rows)]
-    part = path.with_name(path.name + ".part")
-    part.write_bytes("\n".join([*lines, ""]).encode(errors="backslashreplace"))
-    part.replace(path)
+    temporary = path.with_name(path.name + ".part")
+    # A file name may have bytes that are not UTF-8. They are written as \udce9, for example.
+    temporary.write_bytes("\n".join([*lines, ""]).encode(errors="backslashreplace"))
+    temporary.replace(path)
 
 
 def quote(cell) -> str:
+    """Return a cell as text for a tab-separated table. None is an empty cell."""
     text = re.sub(r"[\t\r\n]+", " ", "" if cell is None else str(cell))
     return '"' + text.replace('"', '""') + '"' if '"' in text else text
 
@@ -128,19 +140,21 @@ def quote(cell) -> str:
 def read_table(path: Path, columns, header=(), **dialect) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield ("FILE:LINE", {column: cell}) for each row of a tab-separated table with `columns`.
 
-    A table without a line of column names needs `header`. `dialect` is for csv.reader: without it,
-    cells are quoted as write_table, pandas and spreadsheets do it.
+    header: the column names, if the first line of the table does not have them. dialect: options of
+    csv.reader, if the table has other quoting rules than those of write_table. tools/prepare.py
+    uses both for downloaded tables.
     """
     file, line = str(path), 1
     rows = csv.reader(read_lines(path), delimiter="\t", strict=True, **dialect)
     try:
         header = header or next(rows, [])
-        if missing := [name for name in columns if header.count(name) != 1]:
-            raise csv.Error(f"the header needs the column {missing[0]} once, but is {header}")
+        if wrong := [name for name in columns if header.count(name) != 1]:
+            raise csv.Error(f"the header must have the column {wrong[0]} once, but it is {header}")
         line = rows.line_num + 1
         for cells in rows:
             if len(cells) not in (0, len(header)):
                 raise csv.Error(f"expected {len(header)} cells {header}, found {len(cells)}")
+            # A row has several lines if a quotation mark is missing. Other dialects allow it.
             if rows.line_num > line and not dialect:
                 raise csv.Error("a cell in quotation marks contains a line break")
             if cells:
@@ -148,12 +162,16 @@ def read_table(path: Path, columns, header=(), **dialect) -> Iterator[tuple[str,
             line = rows.line_num + 1
     except csv.Error as error:
         raise ValueError(
-            f"{file}:{line}: {error}; write one tab between two cells. A cell that begins with a "
-            'quotation mark must end with one, and has "" for each mark inside'
+            f"{file}:{line}: {error}; check that cells are separated by one tab, and that a cell "
+            'that begins with a quotation mark ends with one and has "" for each mark inside'
         ) from error
 
 
 def read_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a UTF-8 file.
+
+    Spreadsheets may begin a file with a byte order mark, which "utf-8-sig" removes.
+    """
     with open(path, "rb") as file:
         for line, text in enumerate(file, start=1):
             try:
@@ -163,25 +181,25 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def path_inside(name: str, clips: Path, files: set[str], place: str) -> str:
-    """The path of a clip inside the folder of clips. A path that leads out of it is an error.
+    """Return the path of a clip relative to `clips`. A path to a place outside is an error.
 
-    `files` is the set of list_files(clips). Only other names are checked, because following the
-    links of every clip is slow.
+    A name in `files`, the set of list_files(clips), is inside. Only other names, such as links, are
+    checked with realpath, because realpath is slow.
     """
     if name in files:
         return name
     folder = os.path.realpath(clips) + os.sep
-    odd = "\0" in name or ".." in Path(name).parts
-    if odd or not os.path.realpath(clips / name).startswith(folder):
+    is_unsafe = "\0" in name or ".." in Path(name).parts
+    if is_unsafe or not os.path.realpath(clips / name).startswith(folder):
         raise ValueError(
             f"{place}: the path {name!r} is not inside the audio folder {clips}; "
-            "move the clip there and write its path in that folder"
+            "move the clip there and write its path relative to that folder"
         )
     return Path(name).as_posix()
 
 
 def list_files(folder) -> Iterator[str]:
-    """Yield the path inside `folder` of each file there and below. Links are left out."""
+    """Yield the relative path of each file in `folder` and its subfolders, without links."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_file(follow_symlinks=False):
@@ -191,19 +209,19 @@ def list_files(folder) -> Iterator[str]:
 
 
 def is_blank(text: str) -> bool:
-    """Whether no character of a text is visible, as in a cell of zero-width spaces."""
+    """Return True if a text has only spaces and invisible characters, such as zero-width spaces."""
     return not re.search(r"[^\s\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]", text)
 
 
 def find_corpus(root: Path, source: str, target: str) -> tuple[Path, Path]:
-    """The table and the folder of clips of one direction."""
+    """Return the table and the folder of clips of one direction."""
     folder = root / check_language(source)
     table, clips = folder / f"{source}-{target}.tsv", folder / "clips"
     if not (table.is_file() and clips.is_dir()):
-        have = sorted(p.stem for p in root.glob("*/*-*.tsv") if (p.parent / "clips").is_dir())
+        names = sorted(p.stem for p in root.glob("*/*-*.tsv") if (p.parent / "clips").is_dir())
         raise FileNotFoundError(
             f"no {source}-{target} corpus in {root}: it needs {table} and {clips}. Corpora there: "
-            f"{', '.join(have) or 'none'}. --data names another folder; tools/prepare.py makes one"
+            f"{', '.join(names) or 'none'}. --data names another folder; tools/prepare.py makes one"
         )
     return table, clips
 
@@ -211,21 +229,23 @@ def find_corpus(root: Path, source: str, target: str) -> tuple[Path, Path]:
 def read_corpus(
     root, source: str, target: str
 ) -> tuple[dict[str, list[Row]], list[tuple[str, str]]]:
-    """The rows of one direction by split, and (split, reason) of each row that cannot be used.
+    """Read the table of one direction. Return {split: rows} and [(split, reason), ...].
 
-    A clip is opened only if its row has no seconds. An error in the table is a ValueError.
+    The second result has an entry for each row that cannot be used. A clip is opened only if its
+    row has no seconds, or if it is a link. An error in the table is a ValueError.
     """
     table, clips = find_corpus(Path(root), source, target)
-    files, places = set(list_files(clips)), {}
+    files, places = set(list_files(clips)), {}  # places: clip -> "FILE:LINE" of its row
     splits, unusable = {split: [] for split in SPLITS}, []
     for place, cells in read_table(table, ("path", "sentence", "translation", "split")):
         name, split = path_inside(cells["path"], clips, files, place), cells["split"]
         if split not in SPLITS:
             raise ValueError(f"{place}: the split is {split!r}; write one of {', '.join(SPLITS)}")
-        if places.setdefault(name, place) != place:
+        if name in places:
             raise ValueError(f"{place}: {name} is also in {places[name]}; keep one of the two rows")
-        path = clips / name
-        if is_blank(cells["translation"]):  # nothing to learn, nothing to score against
+        places[name], path = place, clips / name
+        # Such a row has nothing to learn. In a test set there is no reference for the score.
+        if is_blank(cells["translation"]):
             unusable.append((split, f"{path}: empty translation ({place})"))
             continue
         seconds, reason = clip_seconds(path, name in files, cells.get("seconds", ""), place)
@@ -233,14 +253,18 @@ def read_corpus(
             reason = f"{path}: {seconds:.1f} s long; the encoder takes {MAX_SECONDS} s"
         if reason:
             unusable.append((split, reason))
-        if not reason or split == "test":  # a score of fewer clips could not be compared
-            texts = "" if is_blank(cells["sentence"]) else cells["sentence"], cells["translation"]
-            splits[split].append(Row(path, *texts, source, target, seconds))
+        # Other unusable clips stay in a test set: a score of fewer clips could not be compared.
+        if not reason or split == "test":
+            sentence = "" if is_blank(cells["sentence"]) else cells["sentence"]
+            splits[split].append(Row(path, sentence, cells["translation"], source, target, seconds))
     return splits, unusable
 
 
 def clip_seconds(path: Path, is_listed: bool, cell: str, place: str) -> tuple[float, str]:
-    """Length of a clip, and why it cannot be used ("" if it can)."""
+    """Return the length of a clip, and why it cannot be used: "" if it can.
+
+    `is_listed`: the clip is one of list_files. `cell`: its seconds in the table, or "".
+    """
     if not re.fullmatch(r"(\d+\.?\d*(e-\d+)?)?", cell):
         raise ValueError(f"{place}: seconds is {cell!r}; write a number such as 2.5, or nothing")
     try:
@@ -251,7 +275,10 @@ def clip_seconds(path: Path, is_listed: bool, cell: str, place: str) -> tuple[fl
 
 
 def describe_overlap(train: list, test: list) -> str:
-    """One line: how many sentences and translations of the test rows are also in train."""
+    """Return one line: how many sentences and translations of the test rows are also in train.
+
+    The score of a test set is too high if the model has seen its sentences.
+    """
     parts = []
     for column in ("sentence", "translation"):
         in_train = {getattr(row, column).strip() for row in train}
@@ -263,24 +290,26 @@ def describe_overlap(train: list, test: list) -> str:
 
 # ------------------------------------------------------------------------------------------ prompts
 
-# Special pieces of a prompt. They get their ids by name, so a "<s>" in a sentence of the corpus
-# stays text (llama.Tokenizer explains the exception).
+# Special tokens of a prompt. `prompt_ids` looks up their ids and does not encode them as text. So
+# "<s>" in a sentence of the corpus is ordinary text (llama.Tokenizer explains the exception).
 BOS, EOS, AUDIO = "<s>", "</s>", "<audio>"
-IM_START, IM_END = "<|im_start|>", "<|im_end|>"  # a turn of ChatML
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"  # ChatML: begin and end of a chat message
 AUDIO_ID = -300  # marks the place of the speech; no real token has this id
 IGNORE = -100  # F.cross_entropy skips targets with this value; no real token has this id
 
-# The pieces of a prompt. The last piece closes the answer.
+# The pieces of each prompt in order: texts and special tokens. The last piece is not in the prompt:
+# it is the end token of the answer.
 TEMPLATES = {
     "llama2": (BOS, "[INST] ", AUDIO, "\n{instruction} [/INST]", EOS),
-    # The prompt of the original LLaST for TinyLlama. It has one </s> more than TinyLlama's own
-    # prompt, which is tinyllama-chat.
+    # The prompt of the original LLaST for TinyLlama. TinyLlama itself was trained with the prompt
+    # "tinyllama-chat", which has one </s> less.
     "tinyllama": (
         BOS, "<|user|>\n", AUDIO, "\n{instruction}", EOS, "\n<|assistant|>", EOS, "\n", EOS,
     ),
     "tinyllama-chat": (
         BOS, "<|user|>\n", AUDIO, "\n{instruction}", EOS, "\n<|assistant|>\n", EOS,
     ),
+    # ChatML with BOS first, as InternLM2 has it.
     "chatml": (
         BOS, IM_START, "user\n", AUDIO, "\n{instruction}", IM_END,
         "\n", IM_START, "assistant\n", IM_END,
@@ -294,7 +323,7 @@ INSTRUCTIONS = {
 
 
 def prompt_for(task: str, source: str, target: str, template: str = "llama2") -> list[str]:
-    """The pieces of a prompt in order, text and special pieces.
+    """Return the pieces of a prompt in order: texts and special tokens.
 
     task is "st" (translate) or "asr" (transcribe). source and target are language codes.
     """
@@ -309,7 +338,10 @@ def prompt_for(task: str, source: str, target: str, template: str = "llama2") ->
 
 
 def prompt_ids(pieces: list[str], tokenizer) -> list[int]:
-    """Token ids of a prompt. Each text is encoded separately; AUDIO_ID is there once."""
+    """Return the token ids of a prompt, with AUDIO_ID at the place of the speech.
+
+    Each text is encoded by itself, so its ids do not depend on the pieces before and after it.
+    """
     special = {BOS: tokenizer.bos_id, EOS: tokenizer.eos_id, AUDIO: AUDIO_ID}
     ids = []
     for piece in pieces:
@@ -323,7 +355,10 @@ def prompt_ids(pieces: list[str], tokenizer) -> list[int]:
 
 
 def end_id(template: str, tokenizer) -> int:
-    """The token that closes an answer. A translation stops at this token."""
+    """Return the id of the token that ends an answer in training.
+
+    Translation also stops at the end tokens of the LLM (translate.end_ids_of).
+    """
     return prompt_ids(TEMPLATES[template][-1:], tokenizer)[0]
 
 
@@ -343,63 +378,66 @@ class Example:
 
 
 def n_positions(n_samples: int, n_ids: int) -> int:
-    """Positions of a row in the LLM: its ids, with the states of its clip in place of AUDIO_ID."""
+    """Return how many positions a row has in the LLM: states of the clip + ids - 1 for AUDIO_ID."""
     return n_states(n_samples) + n_ids - 1
 
 
 @dataclass
 class Batch:
-    """What one training step sees: B examples with their clips and ids. Padding is on the right."""
+    """B examples that go through the model together. Padding is on the right."""
 
     examples: list[Example]  # B
     audio: list[Tensor]  # B waveforms (N,), each of its own length
     ids: Tensor  # (B, T)
     labels: Tensor  # (B, T), the id where it is part of the answer, else IGNORE
     lengths: Tensor  # (B,), number of ids of each row without padding
-    audio_at: list[int]  # B, the index of AUDIO_ID in each row
+    audio_at: list[int]  # B indices of AUDIO_ID; reading them from a GPU tensor would be slow
 
     @property
     def positions(self) -> list[int]:
-        """n_positions of each row."""
+        """The number of positions of each row, see n_positions."""
         return [n_positions(len(a), n) for a, n in zip(self.audio, self.lengths.tolist())]
 
 
 def examples_for(rows: list[Row], asr: float, seed: int, epoch: int) -> list[Example]:
-    """Every row as an example to translate, and a random share `asr` of the clips to transcribe.
+    """Return one translation example per row, and transcription examples for a share of the clips.
 
-    This is ASR-augmented training (2407.15415); the original LLaST uses 1.0. A clip of several
-    directions is transcribed once, a clip without a sentence never. The order depends only on seed
-    and epoch.
+    The share `asr` of the clips is chosen at random. This is ASR-augmented training (2407.15415);
+    the original LLaST uses 1.0. A clip that belongs to several directions is transcribed only once.
+    A clip without a sentence is not transcribed. The same arguments always give the same list.
     """
     if not 0 <= asr <= 1:
         raise ValueError(f"--asr is {asr}; it is a share, from 0 (none) to 1 (every clip)")
+    # Random takes a text, too. The same text gives the same numbers on every machine.
     rng = random.Random(f"examples {seed} {epoch}")
-    spoken = {}
+    row_of_clip = {}
     for row in rows:
         if row.sentence.strip():
-            spoken.setdefault(row.path, row)
-    sample = rng.sample(list(spoken.values()), round(asr * len(spoken)))
+            row_of_clip.setdefault(row.path, row)
+    sample = rng.sample(list(row_of_clip.values()), round(asr * len(row_of_clip)))
     examples = [Example(row, "st") for row in rows] + [Example(row, "asr") for row in sample]
     rng.shuffle(examples)
     return examples
 
 
 def group(examples: list, size_of, budget: int, seed: int, epoch: int) -> list[list]:
-    """Put examples of similar size into one batch, because padding is lost work.
+    """Return batches of examples of similar size, because computing padding is a waste of time.
 
-    The number of rows times the longest row is at most `budget` positions. Sorting is limited to
-    windows of the shuffled order, so that the batches differ between epochs.
+    The number of rows times the longest row is at most `budget` positions. The examples come in
+    random order, and only those of about 50 batches are sorted by size together. If all were
+    sorted together, every epoch would have nearly the same batches.
     """
     rng = random.Random(f"batches {seed} {epoch}")
-    window = 50 * max(1, budget // max(1, max(map(size_of, examples))))
+    longest = max(map(size_of, examples))
+    window = 50 * max(1, budget // max(1, longest))
     batches = []
     for start in range(0, len(examples), window):
-        batch, longest = [], 0
+        batch = []
         for example in sorted(examples[start : start + window], key=size_of):
-            longest = max(longest, size_of(example))
-            if batch and longest * (len(batch) + 1) > budget:
+            # This example is the longest so far, because they are sorted.
+            if batch and size_of(example) * (len(batch) + 1) > budget:
                 batches.append(batch)
-                batch, longest = [], size_of(example)
+                batch = []
             batch.append(example)
         batches.append(batch)
     rng.shuffle(batches)
@@ -407,7 +445,7 @@ def group(examples: list, size_of, budget: int, seed: int, epoch: int) -> list[l
 
 
 def answer_row(example: Example, tokenizer, template: str) -> tuple[list[int], list[int]]:
-    """Ids (prompt, answer, end token) and labels (IGNORE for the prompt) of an example."""
+    """Return ids (prompt, answer, end token) and labels (IGNORE for the prompt) of an example."""
     row = example.row
     prompt = prompt_ids(prompt_for(example.task, row.source, row.target, template), tokenizer)
     answer = tokenizer.encode(example.answer) + [end_id(template, tokenizer)]
@@ -415,7 +453,7 @@ def answer_row(example: Example, tokenizer, template: str) -> tuple[list[int], l
 
 
 def collate(examples: list[Example], tokenizer, template: str, read_audio=load_audio) -> Batch:
-    """Read the clips and pad the rows."""
+    """Make a Batch: read the clips, and pad the ids and the labels to the same length."""
     ids, labels = zip(*(answer_row(example, tokenizer, template) for example in examples))
     return Batch(
         examples=examples,
@@ -427,13 +465,14 @@ def collate(examples: list[Example], tokenizer, template: str, read_audio=load_a
     )
 
 
-CACHE_BYTES = 2 * 10**9  # of decoded clips in memory, about 8 hours
+CACHE_BYTES = 2 * 10**9  # of decoded clips in memory, almost 9 hours
 
 
 class Batches:
-    """The batches of a training run. They depend only on the arguments, seed and epoch.
+    """The batches of a training run. The same arguments and epoch always give the same batches.
 
-    `change` is a function (N,) -> (N,) that alters each clip before it is encoded, such as noise.
+    `change` is a function (N,) -> (N,) that alters each clip before it is encoded, for example one
+    that adds noise.
     """
 
     def __init__(
@@ -443,32 +482,34 @@ class Batches:
         self.tokenizer, self.template, self.change = tokenizer, template, change
         self.sizes: dict[Example, int] = {}
         self.skipped: dict[Path, str] = {}  # clips that failed, and why
-        self.too_long: list[Example] = []  # rows of the last epoch that are longer than the budget
+        self.too_long: list[Example] = []  # rows that the latest call of groups() left out
         self.decoded: dict[Path, Tensor] = {}
         self.decoded_bytes = 0
 
     def size_of(self, example: Example) -> int:
-        """n_positions of an example, without reading its clip."""
+        """Return the number of positions of an example, without reading its clip."""
         if example not in self.sizes:
             ids, _ = answer_row(example, self.tokenizer, self.template)
-            # The product may have a rounding error, and n_states would round it up.
+            # 8.06 * 16000 is 128960.00000000001. Without round(), ceil would add a sample, and
+            # n_states a state.
             n_samples = math.ceil(round(example.row.seconds * SAMPLE_RATE, 3))
             self.sizes[example] = n_positions(n_samples, len(ids))
         return self.sizes[example]
 
     def groups(self, epoch: int) -> list[list[Example]]:
-        """The examples of each batch of an epoch. Rows longer than the budget are left out."""
+        """Return the examples of each batch of an epoch, without those longer than the budget."""
         examples = examples_for(self.rows, self.asr, self.seed, epoch)
         self.too_long = [e for e in examples if self.size_of(e) > self.budget]
         if len(self.too_long) == len(examples):
             raise ValueError(
-                f"none of {len(examples)} rows fits in --batch {self.budget} positions"
+                f"none of {len(examples)} rows fits in --batch {self.budget} positions; "
+                "use a larger --batch"
             )
         examples = [e for e in examples if self.size_of(e) <= self.budget]
         return group(examples, self.size_of, self.budget, self.seed, epoch)
 
     def load(self, examples: list[Example]) -> Batch | None:
-        """A batch of these examples without those whose clip fails; None if all clips fail."""
+        """Make a batch of the examples whose clip can be read. Return None if there is none."""
         while examples:
             try:
                 return collate(examples, self.tokenizer, self.template, self.read_audio)
@@ -478,9 +519,10 @@ class Batches:
         return None
 
     def read_audio(self, path: Path) -> Tensor:
-        """Read a clip once and keep it, up to CACHE_BYTES of clips. -> (N,)
+        """Read a clip and keep it in memory, up to CACHE_BYTES of clips. -> (N,)
 
-        Of a corpus that does not fit, each epoch finds the same part in memory.
+        If the corpus is larger, the clips that were read first stay in memory, and the others are
+        read again in every epoch.
         """
         audio = self.decoded.get(path)
         if audio is None:
@@ -488,4 +530,5 @@ class Batches:
             if self.decoded_bytes + audio.nbytes <= CACHE_BYTES:
                 self.decoded[path] = audio
                 self.decoded_bytes += audio.nbytes
+        # A clone, because `change` must not modify the clip in memory.
         return self.change(audio.clone()) if self.change else audio

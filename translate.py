@@ -2,11 +2,12 @@
 
     python translate.py --model runs/fr clip.wav other.mp3
 
-The rules of beam search are those of transformers, so both give the same hypotheses. Scores are
-those of sacreBLEU. tests/test_translate.py compares beam search with the search of all answers.
+Beam search follows the rules of transformers; benchmarks/compare.py compares the results. BLEU and
+chrF are computed by sacreBLEU. On a tiny model, tests/test_translate.py compares beam search with
+an exhaustive search over all answers.
 
-Sizes: B clips, W beams, P positions of a prompt, V vocabulary, D LLM width, N samples (16 kHz),
-T text tokens, S audio positions.
+Sizes: B clips, W beams, P positions that the LLM sees (here those of the prompt), V vocabulary,
+D LLM width, N samples (16 kHz), T text tokens, S audio positions.
 """
 
 import argparse
@@ -36,8 +37,9 @@ HERE = Path(__file__).parent
 AUDIO_FILES = tuple(".wav .flac .ogg .oga .opus .mp3 .mp2 .aif .aiff .au .caf .w64 .sph".split())
 OTHER_AUDIO_FILES = tuple(".m4a .mp4 .aac .webm .wma .amr .3gp .mka .mkv .mov".split())
 
-# Languages without spaces between words, and the tokenizer of sacreBLEU for each. The others have
-# the tokenizer 13a. The original has the same ones. BLEU with another tokenizer is not comparable.
+# Languages without spaces between words, and the tokenizer of sacreBLEU for each. All other
+# languages use 13a. The original uses the same tokenizers, and BLEU scores with different
+# tokenizers cannot be compared.
 TOKENIZERS = {"zh-CN": "zh", "ja": "ja-mecab"}
 
 
@@ -46,11 +48,11 @@ TOKENIZERS = {"zh-CN": "zh", "ja": "ja-mecab"}
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """The options of beam search."""
+    """Settings of beam_search."""
 
     beams: int = 5  # W; one beam is greedy search
-    length_penalty: float = 1.0  # above 1 favours longer answers
-    max_new_tokens: int = 256  # longest answer, its end token included
+    length_penalty: float = 1.0  # above 1 prefers longer answers, below 1 shorter ones
+    max_new_tokens: int = 256  # length limit of an answer with its end token
 
 
 @dataclass
@@ -63,32 +65,40 @@ class Hypothesis:
     text: str = ""  # the decoded ids
 
 
-class Finished:
-    """The best W finished hypotheses of one clip."""
+class FinishedHypotheses:
+    """The W best hypotheses of one clip."""
 
     def __init__(self, options: SearchOptions):
         self.options = options
         self.best: list[Hypothesis] = []
-        self.done = False
+        self.done = False  # True when the search for this clip has stopped
 
     def score(self, log_prob: float, length: int) -> float:
-        """Divide by the length, because each further token makes the log-probability smaller."""
+        """Return log_prob / length ** length_penalty.
+
+        Each further token makes the log-probability smaller. Without the division, short answers
+        would almost always win.
+        """
         return log_prob / length**self.options.length_penalty
 
     def add(self, ids: list[int], log_prob: float, length: int):
-        """Keep a hypothesis if it is among the best W and the clip is not done."""
+        """Keep a hypothesis if it is one of the W best and the clip is not done."""
         if log_prob > -torch.inf and not self.done:
             self.best.append(Hypothesis(ids, self.score(log_prob, length), length))
             self.best.sort(key=lambda hypothesis: -hypothesis.score)
             del self.best[self.options.beams :]
 
-    def check_done(self, best_running: float, length: int):
-        """The clip is done if no running beam, ending now, would be among the best W."""
+    def check_done(self, best_beam: float, length: int):
+        """Stop if there are W hypotheses and the best beam, ended now, would beat none of them.
+
+        A longer answer could still win, because its log-probability is divided by a larger length.
+        transformers stops at the same point (early_stopping=False).
+        """
         if len(self.best) == self.options.beams:
-            self.done |= self.score(best_running, length) <= self.best[-1].score
+            self.done |= self.score(best_beam, length) <= self.best[-1].score
 
 
-def read_prompts(llm: Llama, prompts: list[Tensor]) -> tuple[Tensor, Cache, Tensor]:
+def prefill(llm: Llama, prompts: list[Tensor]) -> tuple[Tensor, Cache, Tensor]:
     """Run the LLM once over each prompt (P, D).
 
     Returns the last state of each prompt (B, D), the KV cache, and the padding mask (B, P).
@@ -97,95 +107,117 @@ def read_prompts(llm: Llama, prompts: list[Tensor]) -> tuple[Tensor, Cache, Tens
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     x = pad_sequence(prompts, batch_first=True)  # (B, P, D)
     is_real = torch.arange(x.shape[1], device=device) < lengths[:, None]  # (B, P)
-    # The state at the last position of a prompt predicts the first token of the answer. Behind it
-    # there is only padding, so its index is lengths - 1.
-    last, cache = llm.hidden(x, selection=(torch.arange(B, device=device), lengths - 1))  # (B, D)
-    return last, cache, is_real
+    # The state at the last position of a prompt predicts the first token of the answer. After this
+    # position there is only padding, so its index is lengths - 1.
+    state, cache = llm.hidden(x, selection=(torch.arange(B, device=device), lengths - 1))  # (B, D)
+    return state, cache, is_real
 
 
 @torch.inference_mode()
 def beam_search(
-    llm: Llama, prompts: list[Tensor], ends: list[int], options: SearchOptions = SearchOptions()
+    llm: Llama, prompts: list[Tensor], end_ids: list[int], options: SearchOptions = SearchOptions()
 ) -> list[list[Hypothesis]]:
-    """Return the best W answers to each of B prompts of embeddings (P, D), the best one first.
+    """Return the W best answers to each of B prompts of embeddings (P, D), the best one first.
 
-    The W beams of a clip are W tokens in one row of the LLM. The KV cache holds the prompt once,
-    then W keys for each step. It is never reordered: the rows of `can_attend` are, and they say
-    which keys belong to the past of a beam. Example: 2 beams after 3 steps.
+    A beam is an unfinished answer. Each step extends the W beams of a clip by one token and keeps
+    the W best results. So one beam may be dropped, and another one extended twice. Many programs
+    give each beam its own row of the KV cache, and copy rows after each step. Here the W beams of a
+    clip share one row: the keys and values of the prompt once, then W more for each step, one for
+    the new token of each beam. The LLM reads these W tokens in one call, all at the same position.
 
-        keys                   prompt    step 1     step 2      step 3
-                               p p p     the  a     cat  dog    ran  slept
-        beam "the dog ran"     1 1 1      1   0      0    1      1     0
-        beam "the cat slept"   1 1 1      1   0      1    0      0     1
+    The keys stay where they are. The mask `can_attend` says which of them a beam sees: the prompt
+    without padding, and the beam's own tokens. A new beam copies the mask of the beam that it
+    extends, and also sees its own new key. The mask of one clip with 2 beams:
+
+                                     prompt    step 1     step 2      step 3
+                                     p p p     the  a     cat  dog    ran  slept
+        step 1  beam "the"           1 1 1      1   0
+                beam "a"             1 1 1      0   1
+        step 2  beam "the cat"       1 1 1      1   0      1    0
+                beam "the dog"       1 1 1      1   0      0    1
+        step 3  beam "the dog ran"   1 1 1      1   0      0    1      1     0
+                beam "the cat slept" 1 1 1      1   0      1    0      0     1
+
+    Step 2: both new beams extend "the", so both copy its mask. No beam sees the key of "a" again.
+    Step 3: the best beam extends "the dog", so the masks change places. The keys do not.
     """
-    # Step 1. Read each prompt once, for all of its beams.
+    # 1. Read each prompt once, for all of its beams.
     W, device = options.beams, prompts[0].device
-    last, cache, is_real = read_prompts(llm, prompts)
+    state, cache, is_real = prefill(llm, prompts)
     lengths = is_real.sum(dim=1)  # (B,)
     can_attend = is_real[:, None].repeat(1, W, 1)  # (B, W, P)
-    last = last[:, None].repeat(1, W, 1)  # (B, W, D)
+    state = state[:, None].repeat(1, W, 1)  # (B, W, D)
     answers = torch.empty(len(prompts), W, 0, dtype=torch.long, device=device)  # (B, W, 0)
-    # All beams of a clip are equal at first, so only the first one may be extended.
-    running = torch.tensor([0.0] + [-torch.inf] * (W - 1), device=device).repeat(len(prompts), 1)
-    finished = [Finished(options) for _ in prompts]
-    clips = list(range(len(prompts)))  # the clip of each row; rows of finished clips are removed
-    end_tokens = torch.tensor(ends, device=device)
+    # The log-probability of each beam: the sum over its tokens. At first all beams of a clip are
+    # equal, so only the first one may be extended.
+    beam_total = torch.tensor([0.0] + [-torch.inf] * (W - 1), device=device).repeat(len(prompts), 1)
+    finished = [FinishedHypotheses(options) for _ in prompts]
+    # The clip of each row. Rows of clips that are done are removed later.
+    clip_of = list(range(len(prompts)))
+    end_tokens = torch.tensor(end_ids, device=device)
 
     for length in range(1, options.max_new_tokens + 1):
-        # Step 2. Extend every beam by every token, and take the best extensions.
-        log_probs = llm.logits(last).float().log_softmax(-1)  # (B, W, V)
-        best, beam, token = extend(running, log_probs, len(ends))
+        # 2. Extend every beam by every token, and take the best extensions, sorted. `parent`
+        # is the index of the beam that an extension continues.
+        log_probs = llm.logits(state).float().log_softmax(-1)  # (B, W, V)
+        total, parent, token = extend(beam_total, log_probs, len(end_ids))
 
-        # Step 3. An extension that ends is a hypothesis if it is one of the best W.
+        # 3. An extension with an end token is a hypothesis if it is one of the W best. These
+        # are the first W columns, because the columns are sorted.
         is_end = torch.isin(token, end_tokens)
         for b, i in is_end[:, :W].nonzero().tolist():
-            finished[clips[b]].add(answers[b, beam[b, i]].tolist(), best[b, i].item(), length)
+            finished[clip_of[b]].add(answers[b, parent[b, i]].tolist(), total[b, i].item(), length)
 
-        # Step 4. The best W extensions that do not end are the new beams, still best first.
-        going_on = is_end.to(torch.int8).argsort(dim=1, stable=True)[:, :W]
-        running = best.masked_fill(is_end, -torch.inf).gather(1, going_on)  # (B, W)
-        token, beam = token.gather(1, going_on), beam.gather(1, going_on)
-        answers = torch.cat([select_beams(answers, beam), token[..., None]], 2)  # (B, W, length)
-        can_attend = select_beams(can_attend, beam)
-        for clip, best_running in zip(clips, running[:, 0].tolist(), strict=True):
-            finished[clip].check_done(best_running, length)
-        if length == options.max_new_tokens or all(clip.done for clip in finished):
+        # 4. The W best extensions without an end token are the new beams. To find them, sort
+        # 0 (no end) before 1 (end); a stable sort keeps the best ones first. If every token of the
+        # vocabulary is an end token, fewer than W are left, and -inf marks the missing ones.
+        unfinished = is_end.to(torch.int8).argsort(dim=1, stable=True)[:, :W]
+        beam_total = total.masked_fill(is_end, -torch.inf).gather(1, unfinished)  # (B, W)
+        token, parent = token.gather(1, unfinished), parent.gather(1, unfinished)
+        answers = torch.cat([select_beams(answers, parent), token[..., None]], 2)  # (B, W, length)
+        can_attend = select_beams(can_attend, parent)
+        for clip, best_beam in zip(clip_of, beam_total[:, 0].tolist(), strict=True):
+            finished[clip].check_done(best_beam, length)
+        if length == options.max_new_tokens or all(hypotheses.done for hypotheses in finished):
             break
 
-        # Step 5. Run the LLM over the new tokens.
-        rows = [b for b, clip in enumerate(clips) if not finished[clip].done]
+        # 5. Run the LLM over the new tokens: W tokens in each row, all at the same position.
+        rows = [b for b, clip in enumerate(clip_of) if not finished[clip].done]
         # Removing rows copies the cache, so do it only when at least half of the clips are done.
-        if 2 * len(rows) <= len(clips):
+        if 2 * len(rows) <= len(clip_of):
             cache.keep(rows)
-            clips = [clips[b] for b in rows]
-            running, answers, token = running[rows], answers[rows], token[rows]
+            clip_of = [clip_of[b] for b in rows]
+            beam_total, answers, token = beam_total[rows], answers[rows], token[rows]
             can_attend, lengths = can_attend[rows], lengths[rows]
-        itself = torch.eye(W, dtype=torch.bool, device=device).repeat(len(clips), 1, 1)
-        can_attend = torch.cat([can_attend, itself], dim=2)  # the W keys of this step
+        # Of the W new keys, each beam sees only its own.
+        own_key = torch.eye(W, dtype=torch.bool, device=device).repeat(len(clip_of), 1, 1)
+        can_attend = torch.cat([can_attend, own_key], dim=2)
         positions = (lengths + length - 1)[:, None].repeat(1, W)  # (B, W)
-        last, cache = llm.hidden(llm.embed(token), cache, positions, can_attend)  # (B, W, D)
+        state, cache = llm.hidden(llm.embed(token), cache, positions, can_attend)  # (B, W, D)
 
-    for b, clip in enumerate(clips):  # beams that still run at the limit are hypotheses, too
-        for ids, log_prob in zip(answers[b].tolist(), running[b].tolist(), strict=True):
+    # At the length limit, beams become hypotheses, too. Clips that are done ignore them.
+    for b, clip in enumerate(clip_of):
+        for ids, log_prob in zip(answers[b].tolist(), beam_total[b].tolist(), strict=True):
             finished[clip].add(ids, log_prob, len(ids))
-    return [clip.best for clip in finished]
+    return [hypotheses.best for hypotheses in finished]
 
 
-def extend(running: Tensor, log_probs: Tensor, n_ends: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Extend every beam by every token. Return the best sums, their beams and their tokens.
+def extend(beam_total: Tensor, log_probs: Tensor, n_ends: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Extend every beam by every token. Return the best extensions, the best one first.
 
-    running (B, W), log_probs (B, W, V) -> three times (B, (n_ends+1)*W), best first. If every beam
-    ends in each of the end tokens, W other extensions are still left.
+    beam_total (B, W), log_probs (B, W, V) -> log-probability, beam and new token of the extensions,
+    three times (B, (n_ends+1)*W). This number is enough: at most n_ends*W extensions have an end
+    token, so at least W do not.
     """
     B, W, V = log_probs.shape
-    totals = (running[..., None] + log_probs).flatten(1)  # (B, W*V)
+    totals = (beam_total[..., None] + log_probs).flatten(1)  # (B, W*V)
     best, index = totals.topk(min((n_ends + 1) * W, W * V))  # (B, (n_ends+1)*W)
     return best, index // V, index % V
 
 
-def select_beams(x: Tensor, beam: Tensor) -> Tensor:
-    """Give each new beam the row of the beam that it extends. x (B, W, n), beam (B, W)"""
-    return x.gather(1, beam[..., None].expand(-1, -1, x.shape[2]))  # (B, W, n)
+def select_beams(x: Tensor, parent: Tensor) -> Tensor:
+    """Copy to each new beam the values of the beam that it extends. x (B, W, n), parent (B, W)"""
+    return x.gather(1, parent[..., None].expand(-1, -1, x.shape[2]))  # (B, W, n)
 
 
 # -------------------------------------------------------------------------- from clips to sentences
@@ -197,65 +229,67 @@ class Translation:
 
     path: str
     text: str = ""
-    score: float | None = None  # log-probability / length ** length_penalty, mean of all pieces
+    score: float | None = None  # see Hypothesis.score; for a long clip the mean of its pieces
     tokens: int = 0  # of the text, end tokens included
-    n_best: list[dict] = field(default_factory=list)  # text and score of hypotheses, best first
+    n_best: list[dict] = field(default_factory=list)  # text and score, the best one first
     error: str | None = None
-    pieces: list[dict] = field(default_factory=list)  # of a long clip: start and end in s, text
+    # Only for a clip over 30 s: start (in seconds), end and text of each piece.
+    pieces: list[dict] = field(default_factory=list)
 
 
 @dataclass
 class Piece:
-    """A part of a clip that the encoder gets at once. A clip up to 30 s is one piece."""
+    """A part of a clip, at most 30 s, that the encoder can read. A short clip is one piece."""
 
     start: int  # first sample
     end: int  # last sample + 1
-    audio: Tensor | None = None  # (N,), until the piece is answered
+    audio: Tensor | None = None  # (N,), None after the piece was translated
     hypotheses: list[Hypothesis] = field(default_factory=list)
 
 
 class Clip:
     """A file or a waveform (N,), its pieces, and the error if it cannot be used."""
 
-    def __init__(self, source: Path | str | Tensor):
-        self.source, self.is_waveform = source, isinstance(source, Tensor)
-        self.name = "waveform" if self.is_waveform else str(source)
+    def __init__(self, audio: Path | str | Tensor):
+        self.audio, self.is_waveform = audio, isinstance(audio, Tensor)
+        self.name = "waveform" if self.is_waveform else str(audio)
         self.pieces: list[Piece] = []
         self.error: str | None = None
 
     def seconds(self) -> float:
         if self.is_waveform:
-            return self.source.numel() / SAMPLE_RATE
+            return self.audio.numel() / SAMPLE_RATE
         try:
-            return audio_seconds(self.source)
-        except AudioError:  # read_pieces reports it
+            return audio_seconds(self.audio)
+        except AudioError:  # load_pieces reports it
             return 0.0
 
     def load(self, change: Callable | None) -> Tensor:
-        audio = self.source if self.is_waveform else load_audio(self.source)
+        audio = self.audio if self.is_waveform else load_audio(self.audio)
         audio = change(audio) if change else audio
         if audio.dim() != 1 or not len(audio) or not audio.isfinite().all():
             raise AudioError(self.name, "expected a waveform (N,) of finite numbers")
         return audio
 
     def is_finished(self) -> bool:
-        return bool(self.error or self.pieces and all(piece.hypotheses for piece in self.pieces))
+        return bool(self.error or (self.pieces and all(piece.hypotheses for piece in self.pieces)))
 
 
-def split_at_quiet(audio: Tensor, most: int) -> list[tuple[int, int]]:
-    """Cut a long clip at quiet places into pieces of at most `most` samples.
+def split_at_quiet(audio: Tensor, max_samples: int) -> list[tuple[int, int]]:
+    """Cut a long clip at quiet places into pieces of at most `max_samples` samples.
 
-    (N,) -> start and end of each piece. A cut is in the middle of the quietest 0.2 s in the second
-    half of the longest possible piece.
+    (N,) -> start and end of each piece. To find a cut, look at the second half of the next
+    `max_samples` samples, find the quietest 0.2 s there, and cut in the middle of it.
     """
-    width = min(SAMPLE_RATE // 5, most - most // 2)
+    width = min(SAMPLE_RATE // 5, max_samples - max_samples // 2)  # 0.2 s; less only in tests
     pieces, start = [], 0
-    while len(audio) - start > most:
-        first = start + most // 2
-        energy = audio[first : start + most].double().square().cumsum(dim=0)
+    while len(audio) - start > max_samples:
+        first = start + max_samples // 2
+        # The energy of any 0.2 s is the difference of two values of the running sum.
+        energy = audio[first : start + max_samples].double().square().cumsum(dim=0)
         energy = torch.nn.functional.pad(energy, (1, 0))
-        loudness = energy[width:] - energy[:-width]  # of the 0.2 s after each sample
-        # Of several quietest places take the last one: fewer pieces.
+        loudness = energy[width:] - energy[:-width]
+        # If several places are equally quiet, take the last one: this gives fewer pieces.
         last_minimum = len(loudness) - 1 - int(loudness.flip(0).argmin())
         cut = first + last_minimum + (width + 1) // 2
         pieces.append((start, cut))
@@ -263,16 +297,17 @@ def split_at_quiet(audio: Tensor, most: int) -> list[tuple[int, int]]:
     return [*pieces, (start, len(audio))]
 
 
-def read_pieces(clips: list[Clip], batch_size: int, progress: bool, change) -> Iterator[Piece]:
-    """Yield the pieces of all clips. Clips of similar length come together: less padding.
+def load_pieces(clips: list[Clip], batch_size: int, progress: bool, change) -> Iterator[Piece]:
+    """Yield the pieces of all clips. Clips of similar length follow each other: less padding.
 
-    A file is decoded when it is needed, so memory holds one batch and one file.
+    To sort the clips, the length of each file is read first. A file is decoded only when it is
+    needed, so memory holds the audio of one batch and one file.
     """
-    window = 32 * batch_size  # so many clips are sorted by length together
+    window = 32 * batch_size  # sort this many clips at a time
     windows = (clips[i : i + window] for i in range(0, len(clips), window))
     ordered = (clip for window in windows for clip in sorted(window, key=Clip.seconds))
-    # disable=None: no progress bar if stderr is not a terminal
-    for clip in tqdm(ordered, total=len(clips), unit="clip", disable=not progress or None):
+    # None: tqdm shows no progress bar if stderr is not a terminal
+    for clip in tqdm(ordered, total=len(clips), unit="clip", disable=None if progress else True):
         try:
             audio = clip.load(change)
             cuts = split_at_quiet(audio, MAX_SECONDS * SAMPLE_RATE)
@@ -288,8 +323,8 @@ def ids_of_prompt(model: LLaST, task: str, source: str, target: str) -> Tensor:
     return torch.tensor(prompt_ids(prompt, model.tokenizer)).to(model.device)
 
 
-def end_ids(model: LLaST) -> list[int]:
-    """Every token that ends an answer: those of the LLM, and that of the template."""
+def end_ids_of(model: LLaST) -> list[int]:
+    """Ids of the tokens that end an answer: the end tokens of the LLM and that of the template."""
     return sorted({*model.tokenizer.eos_ids, end_id(model.config.template, model.tokenizer)})
 
 
@@ -297,24 +332,25 @@ def end_ids(model: LLaST) -> list[int]:
 def answer(model: LLaST, ids: Tensor, inputs: list, embed, search) -> list[list[Hypothesis]]:
     """Return the hypotheses for each input, the best one first.
 
-    `embed` turns the inputs into embeddings (S, D) for the place of the speech. A batch that does
-    not fit into memory is divided into halves, with the same result.
+    `embed` turns the inputs into embeddings (S, D) for the place of the speech: for audio it is
+    model.encode_speech, and tools/evaluate.py also embeds texts. If a batch does not fit into
+    memory, its two halves are computed one after the other. Only rounding can differ.
     """
     try:
         with explain_out_of_memory("with one clip", "fewer --beams or --max-new-tokens need less"):
-            at = int(ids.argmin())  # AUDIO_ID is the only negative id
+            at = int(ids.argmin())  # the place of AUDIO_ID, the only negative id
             prompts = [model.splice(ids, speech, at) for speech in embed(inputs)]
-            answers = beam_search(model.llm, prompts, end_ids(model), search)
+            answers = beam_search(model.llm, prompts, end_ids_of(model), search)
     except torch.OutOfMemoryError:
         if len(inputs) == 1:
             raise
         answers = None
-    if answers is None:  # outside the except block the error no longer holds the tensors
+    if answers is None:  # not in the except block: there the error keeps the tensors in memory
         half = len(inputs) // 2
         first = answer(model, ids, inputs[:half], embed, search)
         return first + answer(model, ids, inputs[half:], embed, search)
-    if not all(answers):
-        raise ValueError("the model computes NaN: its weights are damaged; train or copy it again")
+    if not all(answers):  # no comparison with NaN is true, so FinishedHypotheses.add keeps nothing
+        raise ValueError("the model computes NaN: its weights are damaged; copy or train it again")
     for hypothesis in (hypothesis for best in answers for hypothesis in best):
         hypothesis.text = model.tokenizer.decode(hypothesis.ids)
         hypothesis.score = round(hypothesis.score, 4)
@@ -322,7 +358,10 @@ def answer(model: LLaST, ids: Tensor, inputs: list, embed, search) -> list[list[
 
 
 def join_pieces(clip: Clip, n_best: int, space: str) -> Translation:
-    """Join the best texts of the pieces of a clip. The score is the plain mean of their scores."""
+    """Join the best texts of the pieces of a clip. Its score is the mean of their scores.
+
+    Each piece counts equally, whatever its length is.
+    """
     if clip.error:
         return Translation(clip.name, error=clip.error)
     best = [piece.hypotheses[0] for piece in clip.pieces]
@@ -349,19 +388,22 @@ def translate_in_order(
     progress: bool = False,
     change: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[Translation]:
-    """Translate (task "st") or transcribe ("asr") clips. Yield the results in order, without delay.
+    """Translate (task "st") or transcribe ("asr") clips. Yield the results in the order of `clips`.
 
-    A clip is a path or a waveform (N,) at 16 kHz, of any length. `change` alters the audio before
-    it is encoded. A clip that cannot be used gets an error; the others are translated. For a clip
-    over 30 s there is only one hypothesis: the best ones of its pieces, joined. After Ctrl-C the
-    finished results are yielded first.
+    A result is yielded when it and all earlier ones are finished. Because 32 batches of clips are
+    sorted by length together, the first result can take a while.
+
+    A clip is a path or a waveform (N,) at 16 kHz, of any length. `change` is a function that alters
+    a waveform before it is encoded. If a clip cannot be used, its result has an error, and the
+    others are translated. A clip over 30 s has only one hypothesis: the best texts of its pieces,
+    joined. After Ctrl-C, the finished results are yielded before the program stops.
     """
     if task not in model.config.tasks:
         raise ValueError(f"task {task}: the model was trained on {', '.join(model.config.tasks)}")
     ids = ids_of_prompt(model, task, source, target)
     space = "" if (source if task == "asr" else target) in TOKENIZERS else " "
-    waiting = [Clip(clip) for clip in clips]  # those without a yielded result, in order
-    pieces = read_pieces([*waiting], batch_size, progress, change)
+    waiting = [Clip(clip) for clip in clips]  # clips whose result is not yielded yet, in order
+    pieces = load_pieces([*waiting], batch_size, progress, change)  # a copy: `waiting` shrinks
     was_training = model.training
     model.eval()
     try:
@@ -371,7 +413,8 @@ def translate_in_order(
                 piece.hypotheses, piece.audio = hypotheses, None
             while waiting and waiting[0].is_finished():
                 yield join_pieces(waiting.pop(0), n_best, space)
-        yield from (join_pieces(clip, n_best, space) for clip in waiting)  # those with errors
+        # Clips that are left here have errors and come after the last batch.
+        yield from (join_pieces(clip, n_best, space) for clip in waiting)
     except KeyboardInterrupt:
         yield from (join_pieces(clip, n_best, space) for clip in waiting if clip.is_finished())
         raise
@@ -380,7 +423,7 @@ def translate_in_order(
 
 
 def translate(*args, **options) -> list[Translation]:
-    """Return the results of translate_in_order, which takes the same arguments, as a list."""
+    """Return the results of translate_in_order as a list. The arguments are the same."""
     return list(translate_in_order(*args, **options))
 
 
@@ -390,7 +433,7 @@ FIGURES = {"bleu": "BLEU", "bleu_lc": "lower-cased", "chrf": "chrF", "wer": "WER
 
 
 def metrics(target: str) -> dict:
-    """sacreBLEU's metrics for a language: BLEU, BLEU of lower-cased text, chrF."""
+    """Return sacreBLEU's metrics for a target language: BLEU, BLEU of lower-cased text, chrF."""
     tokenizer = TOKENIZERS.get(target, "13a")
     try:
         bleu, lower = (sacrebleu.BLEU(tokenize=tokenizer, lowercase=lc) for lc in (False, True))
@@ -403,8 +446,8 @@ def metrics(target: str) -> dict:
 def score(hypotheses: list, references: list, target: str = "en", n_bootstrap: int = 0) -> dict:
     """Return BLEU, BLEU of lower-cased text and chrF of a corpus, with sacreBLEU's signatures.
 
-    With n_bootstrap samples of the sentences (1000 is usual), "bleu_interval" has the limits of the
-    95 % interval of BLEU.
+    With n_bootstrap (1000 is usual), "bleu_interval" is [low, high], the 95 % confidence interval.
+    sacreBLEU estimates it from the BLEU of n_bootstrap random samples of the sentences.
     """
     if len(hypotheses) != len(references):
         raise ValueError(f"{len(hypotheses)} hypotheses for {len(references)} references")
@@ -412,6 +455,7 @@ def score(hypotheses: list, references: list, target: str = "en", n_bootstrap: i
     scores = {k: round(m.corpus_score(hypotheses, [references]).score, 2) for k, m in named.items()}
     if n_bootstrap > 1:
         result = named["bleu"].corpus_score(hypotheses, [references], n_bootstrap)
+        # sacreBLEU has no public names for the mean and the half width of the interval.
         scores["bleu_interval"] = [round(result._mean + d, 2) for d in (-result._ci, result._ci)]
     scores["signature"] = str(named["bleu"].get_signature())
     scores["chrf_signature"] = str(named["chrf"].get_signature())
@@ -419,20 +463,23 @@ def score(hypotheses: list, references: list, target: str = "en", n_bootstrap: i
 
 
 def read_splits(corpus: Path, source: str, target: str, wanted=()) -> dict[str, list[Row]]:
-    """The rows of a direction by split. Rows that cannot be used are named, if `wanted` or all."""
+    """Return {split: rows} of a direction.
+
+    Print the rows that cannot be used: those of the splits `wanted`, or of all splits.
+    """
     splits, unusable = read_corpus(corpus, source, target)
     reasons = [f"{split}: {reason}" for split, reason in unusable if split in (wanted or splits)]
     for reason in reasons[:5]:
-        print(f"cannot be used for {reason}", file=sys.stderr)
+        print(f"unusable row in {reason}", file=sys.stderr)
     if reasons:
-        print(f"{source}-{target}: rows that cannot be used: {len(reasons)}", file=sys.stderr)
+        print(f"{source}-{target}: unusable rows (up to 5 shown): {len(reasons)}", file=sys.stderr)
     return splits
 
 
 def score_rows(model, rows: list[Row], tsv=None, search=SearchOptions(), **options) -> dict:
     """Translate rows of one direction and score the translations."""
     source, target = rows[0].source, rows[0].target
-    metrics(target)  # a missing package must be an error before the work
+    metrics(target)  # report a missing package before the long work
     paths, references = [row.path for row in rows], [row.translation for row in rows]
     results = translate(model, paths, "st", source, target, search, **options)
     failed = write_results(rows, references, results, tsv)
@@ -440,7 +487,7 @@ def score_rows(model, rows: list[Row], tsv=None, search=SearchOptions(), **optio
 
 
 def write_results(rows: list[Row], references: list, results: list, tsv: Path | None) -> int:
-    """Write a line for each clip to `tsv`. Name the clips that failed, and return their number.
+    """Write one line per clip to `tsv`, print the errors, and return the number of failed clips.
 
     A clip that failed counts as an empty hypothesis: without it the score would be too good.
     """
@@ -457,7 +504,7 @@ def write_results(rows: list[Row], references: list, results: list, tsv: Path | 
 
 
 def describe(direction: str, scores: dict) -> str:
-    """The scores of a direction on one line, with their signature."""
+    """Return one line with the scores of a direction and their signature."""
     figures = [f"{name} {scores[key]:.1f}" for key, name in FIGURES.items() if key in scores]
     return f"{direction} on {scores['n']} clips: {', '.join(figures)}  ({scores['signature']})"
 
@@ -466,23 +513,23 @@ def describe(direction: str, scores: dict) -> str:
 
 
 def audio_paths(arguments: list[str]) -> list[Path]:
-    """The clips that arguments name: files, folders, and .txt files with a path on each line."""
+    """Return the paths of the clips in files, folders, and .txt files with one path per line."""
     paths = []
     for argument in map(Path, arguments):
         clips = [argument]
         if os.path.isdir(argument):  # Path.is_dir raises an error for a name that is too long
             clips = clips_in(argument)
-        elif argument.suffix == ".txt":  # surrogateescape: a file name need not be UTF-8
+        elif argument.suffix == ".txt":  # surrogateescape keeps names that are not UTF-8
             lines = argument.read_text("utf-8-sig", "surrogateescape").splitlines()
             clips = [argument.parent / line.strip() for line in lines if line.strip()]
         if not clips:
-            raise ValueError(f"{argument} names no clip; expected audio such as .wav, .mp3, .flac")
+            raise ValueError(f"{argument} has no clips; expected audio such as .wav, .mp3, .flac")
         paths += clips
     return paths
 
 
 def clips_in(folder: Path) -> list[Path]:
-    """The audio files of a folder. Those of a format that cannot be read are named."""
+    """Return the audio files of a folder. Print those that must be converted first."""
     files = sorted(folder.iterdir())
     for file in files:
         if file.suffix.lower() in OTHER_AUDIO_FILES:
@@ -492,32 +539,33 @@ def clips_in(folder: Path) -> list[Path]:
 
 
 def choose_direction(model: LLaST, lang: str | None, folder: Path, task: str) -> tuple[str, str]:
-    """Source and target that `lang` names ("fr" or "en-de"), or the only ones of the model.
+    """Return the (source, target) of `lang`, such as "fr" or "en-de".
 
-    A transcript has no target, so for the task "asr" any direction with that source is chosen.
+    If `lang` is None, return the only direction of the model. For the task "asr" the target does
+    not matter, so any trained direction with this source is used.
     """
     trained = parse_directions(",".join(model.config.directions))
     fitting = [pair for pair in trained if lang in (None, pair[0], "-".join(pair))]
     if task == "asr":
-        fitting = list(dict(fitting).items())
+        fitting = list(dict(fitting).items())  # one direction for each source
     if len(fitting) != 1:
         names = ", ".join(model.config.directions)
-        raise ValueError(f"--lang is {lang or 'missing'}; {folder} has {names}: name one")
+        raise ValueError(f"--lang is {lang or 'missing'}; {folder} has {names}: choose one")
     return fitting[0]
 
 
 def add_options(parser: argparse.ArgumentParser):
-    """Add the options that translate.py and tools/evaluate.py have in common."""
+    """Add the options of both translate.py and tools/evaluate.py."""
     add = parser.add_argument
-    add("--model", type=Path, help="folder that train.py wrote [the newest one in runs/]")
-    add("--beams", type=int, default=5, help="beams [5]; 1 is greedy search")
-    add("--length-penalty", type=float, default=1.0, help="above 1 favours longer answers [1]")
+    add("--model", type=Path, help="folder of a trained model [the newest one in runs/]")
+    add("--beams", type=int, default=5, help="number of beams [5]; 1 is greedy search")
+    add("--length-penalty", type=float, default=1.0, help="above 1 prefers longer answers [1]")
     add("--max-new-tokens", type=int, default=256, help="longest answer, in tokens [256]")
     add("--batch", type=int, default=16, help="clips in a batch [16]")
-    add("--json", action="store_true", help="print JSON objects, one on a line")
+    add("--json", action="store_true", help="print one JSON object per line")
     add("--compile", action="store_true", help="compile the layers; on a CPU this needs g++")
-    add("--encoder", type=Path, help="folder of the encoder, if it was moved")
-    add("--llm", type=Path, help="folder of the LLM, if it was moved")
+    add("--encoder", type=Path, help="new folder of the encoder, if it was moved")
+    add("--llm", type=Path, help="new folder of the LLM, if it was moved")
 
 
 def check_options(args: argparse.Namespace):
@@ -527,12 +575,12 @@ def check_options(args: argparse.Namespace):
             raise ValueError(f"--{name.replace('_', '-')} is {value}; expected 1 or more")
     if not abs(args.length_penalty) <= 10:
         raise ValueError(f"--length-penalty is {args.length_penalty}; expected -10 to 10")
-    if getattr(args, "n_best", 1) > args.beams:
-        raise ValueError(f"--n-best {args.n_best} needs as many beams, but --beams is {args.beams}")
+    if (n := getattr(args, "n_best", 1)) > args.beams:
+        raise ValueError(f"--n-best {n} needs at least {n} beams, but --beams is {args.beams}")
 
 
 def load_model(args: argparse.Namespace) -> tuple[LLaST, Path]:
-    """Load the model for use, with its LoRA merged. Return it with its folder."""
+    """Load the trained model and merge its LoRA. Return it with its folder."""
     folder = args.model
     if not folder:
         saved = sorted((HERE / "runs").glob("*/llast.json"), key=lambda path: path.stat().st_mtime)
@@ -541,7 +589,7 @@ def load_model(args: argparse.Namespace) -> tuple[LLaST, Path]:
         folder = saved[-1].parent
         print(f"no --model: the newest one is {folder}", file=sys.stderr)
     device, dtype, _ = pick_device()
-    with explain_out_of_memory("while loading the model", "a smaller one needs less"):
+    with explain_out_of_memory("while loading the model", "use a smaller model"):
         model = LLaST.from_pretrained(folder, args.encoder, args.llm, device, dtype)
         merge_lora(model, delete_lora=True)
     if args.compile:
@@ -550,7 +598,7 @@ def load_model(args: argparse.Namespace) -> tuple[LLaST, Path]:
 
 
 def print_json(value: dict, file=None):
-    """Print an object on a line. Escape what is not ASCII if the output is not UTF-8."""
+    """Print an object on one line. If the output is not UTF-8, escape all but ASCII characters."""
     is_utf8 = (file or sys.stdout).encoding.lower().replace("-", "") == "utf8"
     tqdm.write(json.dumps(value, ensure_ascii=not is_utf8), file)
 
@@ -570,10 +618,10 @@ def show(result: Translation, as_json: bool, n_best: int = 1):
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Translate or transcribe with a trained LLaST.")
     add = parser.add_argument
-    add("audio", nargs="+", help="audio files, folders, or .txt files with a path on each line")
-    add("--lang", help="language or direction (fr or en-de), if the model has several")
+    add("audio", nargs="+", help="audio files, folders, or .txt files with one path per line")
+    add("--lang", help="direction, such as fr (into English) or en-de, if the model has several")
     add("--task", choices=("st", "asr"), default="st", help="translate [st] or transcribe (asr)")
-    add("--n-best", type=int, default=1, help="hypotheses of a clip of up to 30 s to print [1]")
+    add("--n-best", type=int, default=1, help="hypotheses to print for each clip up to 30 s [1]")
     add_options(parser)
     return parser
 
@@ -588,13 +636,13 @@ def run(args: argparse.Namespace) -> int:
     failed = False
     for result in translate_in_order(model, paths, args.task, *direction, search, **options):
         show(result, args.json, args.n_best)
-        failed |= result.error is not None
+        failed = failed or result.error is not None
     return 1 if failed else 0
 
 
 def run_command(name: str, run: Callable, args: argparse.Namespace) -> int:
     """Run a command. Return its exit code: 2 after an error, 130 after Ctrl-C."""
-    # Print each line at once, and escape the characters that stdout cannot encode.
+    # Print each line at once. Escape characters that stdout cannot encode, such as \u4e2d.
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         return run(args)

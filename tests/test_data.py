@@ -86,7 +86,7 @@ def test_all_means_covost_and_paper_means_the_directions_of_the_paper():
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        ("en", "name it, as in en-de"),
+        ("en", "write it, as in en-de"),
         ("fr-de", "fr-de: exactly one side has to be English"),
         ("zh-CN-de", "exactly one side has to be English"),
         ("en-en", "exactly one side has to be English"),
@@ -163,13 +163,13 @@ def test_a_very_long_cell_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", r"t\.tsv:1: the header needs the column path once, but is \[\]"),
+        (b"", r"t\.tsv:1: the header must have the column path once, but it is \[\]"),
         (
             b"path\ttext\na\tb\n",
-            r"t\.tsv:1: .* needs the column sentence once, but is \['path', 'text'\]",
+            r"t\.tsv:1: .* must have the column sentence once, but it is \['path', 'text'\]",
         ),
-        (b"path,sentence\na,b\n", r"t\.tsv:1: .* needs the column path once"),
-        (b"path\tpath\tsentence\na\tb\tc\n", r"t\.tsv:1: .* needs the column path once"),
+        (b"path,sentence\na,b\n", r"t\.tsv:1: .* must have the column path once"),
+        (b"path\tpath\tsentence\na\tb\tc\n", r"t\.tsv:1: .* must have the column path once"),
         (b"path\tsentence\na\tb\nc\n", r"t\.tsv:3: expected 2 cells .*, found 1"),
         (
             b"path\tsentence\na\tb\tc\n",
@@ -179,7 +179,7 @@ def test_a_very_long_cell_is_read(tmp_path):
         ("path\tsentence\n".encode("utf-16"), r"t\.tsv:1: not UTF-8"),
         (
             b'path\tsentence\na\tb\nc\t"Oui", dit-il\n',
-            r"t\.tsv:3: .*; write one tab .* A cell that begins with a",
+            r"t\.tsv:3: .*; check that cells .* a cell that begins with a",
         ),
         (b'path\tsentence\na\t"Oui\nb\tNon"\n', r"t\.tsv:2: a cell in .* contains a line break"),
         (b'path\tsentence\na\t"Oui\nb\tNon\n', r"t\.tsv:2: "),

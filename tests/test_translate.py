@@ -190,14 +190,14 @@ def test_no_answer_is_longer_than_the_limit_or_has_an_end_token(most):
 
 
 class ScriptedLlm:
-    """An LLM whose next word depends on the last word only. It records each attention mask."""
+    """An LLM whose next word depends on the last word only. It records its masks and tokens."""
 
     words = ["</s>", "the", "a", "cat", "dog", "ran", "slept"]
     follow = {"</s>": {"the": 0.7, "a": 0.3}, "the": {"cat": 0.55, "dog": 0.45},
               "cat": {"slept": 0.6, "ran": 0.4}, "dog": {"ran": 0.98}}  # fmt: skip
 
     def __init__(self):
-        self.masks = []
+        self.masks, self.tokens = [], []
         self.chances = torch.full((7, 7), 1e-6)
         for word, chances in self.follow.items():
             for following, chance in chances.items():
@@ -208,6 +208,8 @@ class ScriptedLlm:
 
     def hidden(self, x, cache=None, positions=None, can_attend=None, **others):
         self.masks.append(can_attend)
+        if cache:
+            self.tokens.append([self.words[i] for i in x[0].argmax(-1)])
         return (x if cache else x[:, -1]), SimpleNamespace(keep=None)
 
     def logits(self, state):
@@ -217,10 +219,14 @@ class ScriptedLlm:
 def test_the_drawing_of_the_beam_mask_is_what_the_search_computes():
     llm = ScriptedLlm()
     beam_search(llm, [llm.embed(torch.zeros(3, dtype=torch.long))], [0], SearchOptions(2, 1.0, 4))
-    lines = [line for line in beam_search.__doc__.splitlines() if 'beam "' in line]
-    assert ["dog ran" in line for line in lines] == [True, False]
-    drawn = [[int(cell) for cell in line.split('"')[2].split()] for line in lines]
-    assert llm.masks[-1][0].int().tolist() == drawn
+    rows = re.findall(r'beam "(.+)" +([01 ]+)$', beam_search.__doc__, re.M)
+    assert [beam for beam, _ in rows] == [
+        "the", "a", "the cat", "the dog", "the dog ran", "the cat slept",
+    ]  # fmt: skip
+    drawn = [[int(cell) for cell in cells.split()] for _, cells in rows]
+    computed = [mask[0].int().tolist() for mask in llm.masks[1:]]  # the prompt has no mask
+    assert computed == [drawn[:2], drawn[2:4], drawn[4:]]
+    assert llm.tokens == [["the", "a"], ["cat", "dog"], ["ran", "slept"]]
 
 
 # -------------------------------------------------------------------------- from clips to sentences
@@ -615,7 +621,7 @@ def test_n_best_prints_n_lines_with_scores(command, quick, clips):
     scores = [float(cell[1]) for cell in cells]
     assert scores == sorted(scores, reverse=True) and code == 0
     code, _, err = command(*quick, "--n-best", 4, clips / "good0.wav")
-    assert code == 2 and "--n-best 4" in err
+    assert code == 2 and "--n-best 4 needs at least 4 beams, but --beams is 3" in err
 
 
 def test_a_folder_and_a_list_can_name_clips(command, quick, clips, tmp_path):
@@ -734,10 +740,10 @@ def test_a_transcription_takes_any_direction_of_the_language():
 @pytest.mark.parametrize(
     "lang, task, answer",
     [
-        (None, "st", "--lang is missing; run has en-de, en-zh-CN, fr-en: name one"),
+        (None, "st", "--lang is missing; run has en-de, en-zh-CN, fr-en: choose one"),
         ("en", "st", "--lang is en; run has"),
         (None, "asr", "--lang is missing; run has"),
-        ("de", "st", "--lang is de; run has en-de, en-zh-CN, fr-en: name one"),
+        ("de", "st", "--lang is de; run has en-de, en-zh-CN, fr-en: choose one"),
         ("zh-CN", "st", "--lang is zh-CN; run"),
         ("en-ja", "st", "--lang is en-ja; run"),
         ("french", "st", "--lang is french; "),
@@ -784,7 +790,7 @@ def test_out_of_memory_names_the_phase(command, quick, clips, monkeypatch):
         raise torch.OutOfMemoryError("tried to allocate 80 GiB")
 
     for where, name, told in (
-        (LLaST, "from_pretrained", "out of memory while loading the model; a smaller one needs"),
+        (LLaST, "from_pretrained", "out of memory while loading the model; use a smaller model"),
         (
             translate,
             "beam_search",
@@ -832,11 +838,11 @@ def test_mistakes_give_exit_code_2_and_a_message_with_what_to_do(command, quick,
         ([*quick, "--lang", "de", clip], "--lang is de; "),
         (
             ["--model", made / "two", clip],
-            "has de-en, fr-en: name one",
+            "has de-en, fr-en: choose one",
         ),
-        ([*quick, made / "trained"], "names no clip; expected audio"),
+        ([*quick, made / "trained"], "has no clips; expected audio"),
         ([*quick, made / "list.txt"], "list.txt"),
-        ([*quick, empty], "names no clip"),
+        ([*quick, empty], "has no clips"),
         ([*quick, "--lang", "fr,de", clip], "--lang is fr,de; "),
         ([*quick, "--lang", "en", "--task", "asr", clip], "--lang is en; "),
         ([*quick, "--length-penalty", 1000, clip], "--length-penalty is 1000.0; expected -10 to"),

@@ -343,10 +343,10 @@ def test_everything_is_checked_before_the_first_clip(
     tests = [*quick, "--test", "fr", "--data", tmp_path]
     code, _, err = run_main(evaluate, *tests)
     assert code == 0, err
-    reports = [line for line in err.splitlines() if "cannot be used" in line]
+    reports = [line for line in err.splitlines() if "unusable row" in line]
     assert len(reports) == 2, "the row of train does not matter here"
-    assert reports[0].startswith("cannot be used for test: ") and "empty translation" in reports[0]
-    assert reports[1] == "fr-en: rows that cannot be used: 1"
+    assert reports[0].startswith("unusable row in test: ") and "empty translation" in reports[0]
+    assert reports[1] == "fr-en: unusable rows (up to 5 shown): 1"
 
     monkeypatch.setattr(evaluate, "translate", None)
     written = made / "trained" / "scored.st.fr-en.tsv"

@@ -542,7 +542,7 @@ def refused(capsys, *flags) -> str:
         ("link.wav\tx\ttrain", r"mine\.tsv:2: the path 'link\.wav' is not inside"),
         ("\tx\ttrain", r"mine\.tsv:2: the path '' is not inside"),
         ("a.wav\tx\tvalid", r"mine\.tsv:2: the split is 'valid'; write one of train, dev, test"),
-        ('a.wav\t"No", he said.\ttrain', r"mine\.tsv:2: .* quotation mark must end with one"),
+        ('a.wav\t"No", he said.\ttrain', r"mine\.tsv:2: .* quotation mark ends with one"),
         ("a.wav\tx", r"mine\.tsv:2: expected 3 cells \['path', 'translation', 'split'\], found 2"),
         ("a.wav\tx\ttrain\na.mp3\ty\ttrain", r":3: a\.mp3 and a\.wav would both become a\.flac"),
         ("", r"mine\.tsv has no row of cy: it has no rows"),
@@ -574,7 +574,7 @@ def test_missing_files_are_reported_before_any_work(common_voice, capsys):
     assert "no Common Voice in x: neither fr/validated.tsv" in says(common_voice="x")
     assert "no Common Voice in" in says(lang="fr,de")
     assert "did you mean 'fr'" in says(lang="french")
-    assert "name it, as in en-de" in says(lang="en")
+    assert "write it, as in en-de" in says(lang="en")
     assert not (common_voice / "out").exists()
     (common_voice / "cv" / "en" / "clips").mkdir(parents=True)
     write_lines(common_voice / "cv" / "en" / "validated.tsv", "path\tsentence")
