@@ -243,12 +243,14 @@ def read_corpus(
             raise ValueError(f"{place}: the split is {split!r}; write one of {', '.join(SPLITS)}")
         if name in places:
             raise ValueError(f"{place}: {name} is also in {places[name]}; keep one of the two rows")
-        places[name], path = place, clips / name
+        places[name] = place
+        path = clips / name
         # Such a row has nothing to learn. In a test set there is no reference for the score.
         if is_blank(cells["translation"]):
             unusable.append((split, f"{path}: empty translation ({place})"))
             continue
-        seconds, reason = clip_seconds(path, name in files, cells.get("seconds", ""), place)
+        cell = cells.get("seconds", "")
+        seconds, reason = clip_seconds(path, cell, place, is_listed=name in files)
         if seconds > MAX_SECONDS and split != "test":  # a test clip is translated in pieces
             reason = f"{path}: {seconds:.1f} s long; the encoder takes {MAX_SECONDS} s"
         if reason:
@@ -260,10 +262,10 @@ def read_corpus(
     return splits, unusable
 
 
-def clip_seconds(path: Path, is_listed: bool, cell: str, place: str) -> tuple[float, str]:
+def clip_seconds(path: Path, cell: str, place: str, is_listed: bool) -> tuple[float, str]:
     """Return the length of a clip, and why it cannot be used: "" if it can.
 
-    `is_listed`: the clip is one of list_files. `cell`: its seconds in the table, or "".
+    `cell` has its seconds in the table, or is "". `is_listed`: the clip is one of list_files.
     """
     if not re.fullmatch(r"(\d+\.?\d*(e-\d+)?)?", cell):
         raise ValueError(f"{place}: seconds is {cell!r}; write a number such as 2.5, or nothing")
@@ -501,10 +503,7 @@ class Batches:
         examples = examples_for(self.rows, self.asr, self.seed, epoch)
         self.too_long = [e for e in examples if self.size_of(e) > self.budget]
         if len(self.too_long) == len(examples):
-            raise ValueError(
-                f"none of {len(examples)} rows fits in --batch {self.budget} positions; "
-                "use a larger --batch"
-            )
+            raise ValueError(f"no row fits in --batch {self.budget} positions; use a larger one")
         examples = [e for e in examples if self.size_of(e) <= self.budget]
         return group(examples, self.size_of, self.budget, self.seed, epoch)
 

@@ -674,7 +674,7 @@ def test_a_row_exactly_as_long_as_the_budget_is_kept(tokenizer):
     size = batches_of([ROWS[0]], tokenizer).size_of(example)
     batches = Batches([ROWS[0]], 0, tokenizer, "llama2", size, seed=1)
     assert batches.groups(0) == [[example]] and not batches.too_long
-    with pytest.raises(ValueError, match=f"none of 1 rows fits in --batch {size - 1} positions"):
+    with pytest.raises(ValueError, match=f"no row fits in --batch {size - 1} positions"):
         Batches([ROWS[0]], 0, tokenizer, "llama2", size - 1, seed=1).groups(0)
 
 
