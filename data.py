@@ -12,13 +12,13 @@ may be missing or empty. Then the length is read from the sound file. Other colu
 
 A cell that contains a quotation mark is in quotation marks, and each " inside it is doubled.
 
-One row of a batch, with words instead of ids. A dot is IGNORE, a position without a loss:
+One row of a batch, with words instead of ids. "-" is IGNORE, a position without a loss:
 
     ids      <s>  [INST]  AUDIO_ID  Please  ...  [/INST]  Where  is  it  ?  </s>
-    labels    .     .        .        .     ...     .     Where  is  it  ?  </s>
+    labels   -    -       -         -       ...  -        Where  is  it  ?  </s>
 
-Here the label of a token is the token itself. LLaST.forward moves the labels one place to the left,
-because each position predicts the next token. It also replaces AUDIO_ID by the speech embeddings.
+Here the label of a token is the token itself. LLaST.forward shifts the labels, because a position
+predicts the next token. It also replaces AUDIO_ID by the speech embeddings.
 `prompt_for` makes the prompts for training and for translation.
 
 Sizes: B rows, N samples of a clip, T ids.
