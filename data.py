@@ -208,9 +208,12 @@ def list_files(folder) -> Iterator[str]:
                 yield from (f"{entry.name}/{name}" for name in list_files(entry.path))
 
 
+VISIBLE = re.compile(r"[^\s\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
+
+
 def is_blank(text: str) -> bool:
     """Return True if a text has only spaces and invisible characters, such as zero-width spaces."""
-    return not re.search(r"[^\s\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]", text)
+    return not VISIBLE.search(text)
 
 
 def find_corpus(root: Path, source: str, target: str) -> tuple[Path, Path]:
@@ -311,7 +314,7 @@ TEMPLATES = {
     "tinyllama-chat": (
         BOS, "<|user|>\n", AUDIO, "\n{instruction}", EOS, "\n<|assistant|>\n", EOS,
     ),
-    # ChatML with BOS first, as InternLM2 has it.
+    # ChatML with BOS first
     "chatml": (
         BOS, IM_START, "user\n", AUDIO, "\n{instruction}", IM_END,
         "\n", IM_START, "assistant\n", IM_END,

@@ -550,7 +550,8 @@ def finish(model: LLaST, rows: list[Row], settings: Preset, out: Path, start_tim
     merge_lora(model)  # From here on the model only translates, and merged weights are faster.
     for direction, group in by_direction(rows).items():
         with explain_out_of_memory(f"on a test clip ({saved_in(out)})", ADVICE_MODELS):
-            results[direction] = score_rows(model, group, out / f"test.{direction}.tsv", search)
+            tsv = out / f"test.{direction}.tsv"
+            results[direction] = score_rows(model, group, tsv, search, progress=True)
         print(f"test {describe(direction, results[direction])}")
     results["seconds"] = seconds = round(time.time() - start_time, 1)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -307,7 +307,8 @@ def load_pieces(clips: list[Clip], batch_size: int, progress: bool, change) -> I
     windows = (clips[i : i + window] for i in range(0, len(clips), window))
     ordered = (clip for window in windows for clip in sorted(window, key=Clip.seconds))
     # None: tqdm shows no progress bar if stderr is not a terminal
-    for clip in tqdm(ordered, total=len(clips), unit="clip", disable=None if progress else True):
+    is_hidden = None if progress else True
+    for clip in tqdm(ordered, total=len(clips), unit="clip", leave=False, disable=is_hidden):
         try:
             audio = clip.load(change)
             cuts = split_at_quiet(audio, MAX_SECONDS * SAMPLE_RATE)
@@ -438,8 +439,7 @@ def metrics(target: str) -> dict:
     try:
         bleu, lower = (sacrebleu.BLEU(tokenize=tokenizer, lowercase=lc) for lc in (False, True))
     except RuntimeError as error:
-        package = 'pip install "sacrebleu[ja]"'
-        raise ValueError(f"BLEU of {target} needs the tokenizer {tokenizer}: {package}") from error
+        raise ValueError(f'{target} needs {tokenizer}: pip install "sacrebleu[ja]"') from error
     return {"bleu": bleu, "bleu_lc": lower, "chrf": sacrebleu.CHRF()}
 
 

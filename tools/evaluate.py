@@ -247,7 +247,13 @@ def read_tests(model: LLaST, args, folder: Path, corpus: Path) -> dict[str, list
     tests = {}
     for source, target in parse_directions(args.test):
         name = source if args.task == "asr" else f"{source}-{target}"
-        choose_direction(model, name, folder, args.task)
+        try:
+            choose_direction(model, name, folder, args.task)
+        except ValueError as error:
+            trained = ", ".join(model.config.directions)
+            raise ValueError(
+                f"--test {args.test}: {folder} was not trained on {name}, only on {trained}"
+            ) from error
         if name in tests:
             continue  # for en-de,en-ja, English is transcribed once
         rows = read_splits(corpus, source, target, ["test"])["test"]
