@@ -26,6 +26,7 @@ Sizes: B rows, N samples of a clip, T ids.
 
 import csv
 import difflib
+import gc
 import math
 import os
 import random
@@ -192,8 +193,7 @@ def path_inside(name: str, clips: Path, files: set[str], place: str) -> str:
     is_unsafe = "\0" in name or ".." in Path(name).parts
     if is_unsafe or not os.path.realpath(clips / name).startswith(folder):
         raise ValueError(
-            f"{place}: the path {name!r} is not inside the audio folder {clips}; "
-            "move the clip there and write its path relative to that folder"
+            f"{place}: the path {name!r} is not inside the audio folder {clips}; move the clip there"
         )
     return Path(name).as_posix()
 
@@ -229,15 +229,21 @@ def find_corpus(root: Path, source: str, target: str) -> tuple[Path, Path]:
     return table, clips
 
 
-def read_corpus(
-    root, source: str, target: str
-) -> tuple[dict[str, list[Row]], list[tuple[str, str]]]:
+def read_corpus(root, source: str, target: str) -> tuple[dict, list]:
     """Read the table of one direction. Return {split: rows} and [(split, reason), ...].
 
     The second result has an entry for each row that cannot be used. A clip is opened only if its
     row has no seconds, or if it is a link. An error in the table is a ValueError.
     """
-    table, clips = find_corpus(Path(root), source, target)
+    gc.disable()  # While many objects are made, it would look at all of them again and again.
+    try:
+        return read_rows(*find_corpus(Path(root), source, target), source, target)
+    finally:
+        gc.enable()
+
+
+def read_rows(table: Path, clips: Path, source: str, target: str) -> tuple[dict, list]:
+    """Read a table for read_corpus."""
     files, places = set(list_files(clips)), {}  # places: clip -> "FILE:LINE" of its row
     splits, unusable = {split: [] for split in SPLITS}, []
     for place, cells in read_table(table, ("path", "sentence", "translation", "split")):
@@ -252,8 +258,7 @@ def read_corpus(
         if is_blank(cells["translation"]):
             unusable.append((split, f"{path}: empty translation ({place})"))
             continue
-        cell = cells.get("seconds", "")
-        seconds, reason = clip_seconds(path, cell, place, is_listed=name in files)
+        seconds, reason = clip_seconds(path, cells.get("seconds", ""), place, name in files)
         if seconds > MAX_SECONDS and split != "test":  # a test clip is translated in pieces
             reason = f"{path}: {seconds:.1f} s long; the encoder takes {MAX_SECONDS} s"
         if reason:
@@ -480,9 +485,7 @@ class Batches:
     that adds noise.
     """
 
-    def __init__(
-        self, rows: list[Row], asr, tokenizer, template: str, budget: int, seed: int, change=None
-    ):
+    def __init__(self, rows: list[Row], asr, tokenizer, template, budget, seed, change=None):
         self.rows, self.asr, self.seed, self.budget = rows, asr, seed, budget
         self.tokenizer, self.template, self.change = tokenizer, template, change
         self.sizes: dict[Example, int] = {}
