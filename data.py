@@ -193,7 +193,7 @@ def path_inside(name: str, clips: Path, files: set[str], place: str) -> str:
     is_unsafe = "\0" in name or ".." in Path(name).parts
     if is_unsafe or not os.path.realpath(clips / name).startswith(folder):
         raise ValueError(
-            f"{place}: the path {name!r} is not inside the audio folder {clips}; move the clip there"
+            f"{place}: the path {name!r} is not inside the audio folder {clips}; move it there"
         )
     return Path(name).as_posix()
 
