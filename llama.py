@@ -180,8 +180,7 @@ def rotary_angles(positions: Tensor, Dh: int, theta: float) -> tuple[Tensor, Ten
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair of dimensions i and i + Dh/2. (B, H, T, Dh) -> (B, H, T, Dh)"""
-    first, second = x.chunk(2, dim=-1)
-    other = torch.cat([second, first], dim=-1)  # the other dimension of each pair
+    other = x.roll(x.shape[-1] // 2, dims=-1)  # the other dimension of each pair
     return torch.addcmul(x * cos, other, sin).to(x.dtype)  # x * cos + other * sin
 
 
