@@ -205,14 +205,15 @@ def load_audio(path: Path) -> Tensor:
     audio = samples.mean(dim=1)  # (N,)
     if len(audio) == 0:
         raise AudioError(path, "the clip has no samples, or its header says so")
-    peak = samples.norm(torch.inf)  # the largest absolute value, without a copy of the samples
-    # NaN, infinite, or for example 16-bit integers as floats. `not`, because NaN <= 32 is False.
-    if not peak <= MAX_PEAK:
+    # The peak is the largest absolute value. It can be NaN, infinite, or for example that of 16-bit
+    # integers as floats. `not`, because NaN <= 32 is False.
+    if not (peak := samples.norm(torch.inf)) <= MAX_PEAK:
         raise AudioError(path, f"samples must be from -1 to 1, but the largest is {peak:g}")
     # If the left channel is minus the right one, their mean is almost silent. Here it has less than
     # 1/1000 of the energy of a channel.
     if audio.norm() ** 2 < 1e-3 * samples.norm() ** 2 / file.channels:
         raise AudioError(path, "its channels cancel each other (opposite phase); keep one of them")
+    del samples  # resample needs the memory
     return resample(audio, file.samplerate, SAMPLE_RATE)
 
 
