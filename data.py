@@ -235,7 +235,8 @@ def read_corpus(root, source: str, target: str) -> tuple[dict, list]:
     The second result has an entry for each row that cannot be used. A clip is opened only if its
     row has no seconds, or if it is a link. An error in the table is a ValueError.
     """
-    gc.disable()  # While many objects are made, it would look at all of them again and again.
+    # Python's garbage collection would search all rows again and again while they are made.
+    gc.disable()
     try:
         return read_rows(*find_corpus(Path(root), source, target), source, target)
     finally:
@@ -243,7 +244,7 @@ def read_corpus(root, source: str, target: str) -> tuple[dict, list]:
 
 
 def read_rows(table: Path, clips: Path, source: str, target: str) -> tuple[dict, list]:
-    """Read a table for read_corpus."""
+    """Read the rows of one table. The result is that of read_corpus."""
     files, places = set(list_files(clips)), {}  # places: clip -> "FILE:LINE" of its row
     splits, unusable = {split: [] for split in SPLITS}, []
     for place, cells in read_table(table, ("path", "sentence", "translation", "split")):
@@ -254,7 +255,7 @@ def read_rows(table: Path, clips: Path, source: str, target: str) -> tuple[dict,
             raise ValueError(f"{place}: {name} is also in {places[name]}; keep one of the two rows")
         places[name] = place
         path = clips / name
-        # Such a row has nothing to learn. In a test set there is no reference for the score.
+        # The model cannot learn from an empty translation, and a test clip needs a reference.
         if is_blank(cells["translation"]):
             unusable.append((split, f"{path}: empty translation ({place})"))
             continue

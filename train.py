@@ -561,9 +561,9 @@ def finish(model: LLaST, rows: list[Row], settings: Preset, out: Path, start_tim
 
 
 def main() -> int:
-    # Print an escape such as \u4e2d for a character that the terminal cannot show.
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+    # Print an escape such as \u4e2d for a character that the terminal cannot show. stderr does so
+    # by default.
+    sys.stdout.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args()
     try:
         return run(args)

@@ -568,8 +568,8 @@ def add_options(parser: argparse.ArgumentParser):
     add("--llm", type=Path, help="new folder of the LLM, if it was moved")
 
 
-def check_options(args: argparse.Namespace):
-    """Check values and combinations of options that argparse cannot check."""
+def check_options(args: argparse.Namespace) -> SearchOptions:
+    """Check what argparse cannot check: values and combinations. Return the search options."""
     for name in ("beams", "max_new_tokens", "n_best", "batch"):
         if (value := getattr(args, name, 1)) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; expected 1 or more")
@@ -577,6 +577,7 @@ def check_options(args: argparse.Namespace):
         raise ValueError(f"--length-penalty is {args.length_penalty}; expected -10 to 10")
     if (n := getattr(args, "n_best", 1)) > args.beams:
         raise ValueError(f"--n-best {n} needs at least {n} beams, but --beams is {args.beams}")
+    return SearchOptions(args.beams, args.length_penalty, args.max_new_tokens)
 
 
 def load_model(args: argparse.Namespace) -> tuple[LLaST, Path]:
@@ -627,12 +628,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_options(args)
+    search = check_options(args)
     paths = audio_paths(args.audio)
     model, folder = load_model(args)
     direction = choose_direction(model, args.lang, folder, args.task)
     options = {"batch_size": args.batch, "n_best": args.n_best, "progress": len(paths) > args.batch}
-    search = SearchOptions(args.beams, args.length_penalty, args.max_new_tokens)
     failed = False
     for result in translate_in_order(model, paths, args.task, *direction, search, **options):
         show(result, args.json, args.n_best)

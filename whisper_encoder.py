@@ -246,7 +246,7 @@ def sinc_filters(cutoff: float, from_step: int, to_step: int, first: int) -> Ten
     t = cutoff * (tap - (position % to_step).double() / to_step)
     kaiser = torch.special.i0(KAISER_BETA * (1 - (t / ZEROS) ** 2).clamp(min=0).sqrt())
     kaiser = kaiser / torch.special.i0(torch.tensor(KAISER_BETA))
-    return torch.where(tap.abs() <= reach, cutoff * torch.sinc(t) * kaiser, 0).float()
+    return torch.where(tap.abs() <= reach, cutoff * torch.sinc(t) * kaiser, 0)
 
 
 def resample(audio: Tensor, from_rate: int, to_rate: int) -> Tensor:
@@ -274,7 +274,7 @@ def resample(audio: Tensor, from_rate: int, to_rate: int) -> Tensor:
     padded = F.pad(audio, (reach, reach + n_windows * from_step - len(audio)))
     result = torch.empty(n_windows, to_step, dtype=audio.dtype)
     for first in range(0, to_step, OUTPUTS_PER_WINDOW):
-        filters = sinc_filters(cutoff, from_step, to_step, first).double()
+        filters = sinc_filters(cutoff, from_step, to_step, first)
         windows = padded[first * from_step // to_step :].unfold(0, len(filters), from_step)
         # Windows overlap, so a copy of all of them would be much larger than the clip.
         for start in range(0, n_windows, WINDOWS_PER_PRODUCT):

@@ -6,7 +6,7 @@
 The peer is what a capable user writes: sdpa attention, the clips' own states cut out of the 30 s
 window, right padding in training and left padding in generation, LoRA merged before generation.
 Both get the same weights, LoRA included. Before a case is timed, both must have computed the same.
-Then they take turns; the median counts. Beside each time stands an estimate of the least that this
+Then they take turns; the median counts. Next to each time is an estimate of the least that this
 machine could need: the arithmetic at the rate of a large matrix product, or the bytes at that of a
 large copy, whichever is longer, both measured first. On a GPU whose data sheet is known, MFU and
 MBU are the shares of its arithmetic and of its memory's bytes a second that were used. Results go
@@ -159,9 +159,9 @@ class Peer(nn.Module):
 
     def rows(self, audio: list[Tensor], ids: list[Tensor]) -> list[Tensor]:
         embed, rows = self.llm.get_input_embeddings(), []
-        for heard, row in zip(self.encode_speech(audio), ids, strict=True):
+        for speech, row in zip(self.encode_speech(audio), ids, strict=True):
             words, at = embed(row.clamp(min=0)), row.tolist().index(AUDIO_ID)
-            rows.append(torch.cat([words[:at], heard, words[at + 1 :]]))
+            rows.append(torch.cat([words[:at], speech, words[at + 1 :]]))
         return rows
 
     def forward(self, batch: Batch) -> Tensor:
@@ -187,11 +187,11 @@ class Peer(nn.Module):
         left = torch.tensor([P - len(row) for row in rows], device=device)
         x = torch.stack([nn.functional.pad(row, (0, 0, P - len(row), 0)) for row in rows])
         mask = (torch.arange(P, device=device) >= left[:, None]).long()
-        found = self.llm.generate(
+        answers = self.llm.generate(
             inputs_embeds=x, attention_mask=mask, num_beams=5, do_sample=False, max_new_tokens=most,
             length_penalty=1.0, early_stopping=False, eos_token_id=ends, pad_token_id=EOS,
         )  # fmt: skip
-        return [row[: row.index(EOS)] if ends and EOS in row else row for row in found.tolist()]
+        return [row[: row.index(EOS)] if ends and EOS in row else row for row in answers.tolist()]
 
 
 def adapters(ours: LLaST, folder: Path):
@@ -279,7 +279,7 @@ def peak_of(work, device) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
     before = memory_line("VmRSS")
     work()
     return memory_line("VmHWM") - before
@@ -459,7 +459,7 @@ def training_cases(bench: Bench, ours: LLaST, peer: Peer):
     together = [training_batch(V, everything)]
     budget = PRESETS["tiny" if bench.device.type == "cpu" else "llast-8b"].batch
     by_length = [training_batch(V, which) for which in as_train_groups_them(budget)]
-    asked = len(MIXED) * ANSWER
+    n_answer = len(MIXED) * ANSWER
 
     def step(model: nn.Module, batches: list[Batch]):
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -469,7 +469,7 @@ def training_cases(bench: Bench, ours: LLaST, peer: Peer):
             total = 0.0
             for batch in batches:
                 loss = model(batch)
-                loss = loss.sum() / asked if loss.dim() else loss
+                loss = loss.sum() / n_answer if loss.dim() else loss
                 loss.backward()
                 total += loss.detach()
             optimizer.step()
@@ -501,9 +501,9 @@ def training_phase(model: LLaST, window: str, batch: Batch) -> Phase:
     ranks = {"encoder_rank": model.config.encoder_rank, "llm_rank": model.config.llm_rank}
     settings = replace(PRESETS["tiny"], **ranks)
     flops = 0.0
-    for heard in (n_states(len(audio)) for audio in batch.audio):
-        S = W.max_source_positions if window == "30s" else heard
-        flops += example_flops(settings, W, L, S, heard, PROMPT + ANSWER - 1, ANSWER)
+    for n in (n_states(len(audio)) for audio in batch.audio):
+        S = W.max_source_positions if window == "30s" else n
+        flops += example_flops(settings, W, L, S, n, PROMPT + ANSWER - 1, ANSWER)
     return Phase(flops, 2 * bytes_of(model, "embed"))  # forwards and backwards
 
 
@@ -518,8 +518,8 @@ def translation_cases(bench: Bench, ours: LLaST, peer: Peer):
             model.splice(ids, speech, prompt.index(AUDIO_ID))
             for speech in model.encode_speech(audio)
         ]
-        found = beam_search(model.llm, rows, [NEVER], SearchOptions(5, 1.0, ANSWER))
-        return [best.ids for best, *_ in found]
+        answers = beam_search(model.llm, rows, [NEVER], SearchOptions(5, 1.0, ANSWER))
+        return [best.ids for best, *_ in answers]
 
     for n in (1, 4, 16) if bench.device.type == "cpu" else (1, 4, 16, 32):
         audio = [noise(MIXED[i % len(MIXED)], i) for i in range(n)]
@@ -623,7 +623,7 @@ def run_size(bench: Bench, dtype: torch.dtype):
 
 def main():
     device, dtype, reason = pick_device()
-    parser = argparse.ArgumentParser(description="This project beside transformers and peft.")
+    parser = argparse.ArgumentParser(description="This project next to transformers and peft.")
     sizes = ["tiny", "base-135m"] if device.type == "cpu" else ["tiny", *SIZES]
     parser.add_argument("--sizes", nargs="+", choices=["tiny", *SIZES], default=sizes)
     parser.add_argument("--times", type=int, default=5, help="turns; the median counts")

@@ -5,7 +5,7 @@
 
 One number is varied at a time, the others stay: for translating, and for the loss with its
 gradient, a training step without the optimizer, whose part does not grow. Answers never end by
-themselves, so that each has the length that was asked for. Medians; memory is what the work needs
+themselves, so that each has the wanted length. Medians; memory is what the work needs
 on top of the model. Writes growth.json, growth.png and the table in README.md.
 """
 
@@ -166,10 +166,10 @@ def main():
     usual = f"{USUAL['seconds']} s, {USUAL['batch']} clips, {USUAL['beams']} beams, " \
             f"{USUAL['answer']} tokens"  # fmt: skip
     draw(lines, f"{args.size}, {reason}, torch {torch.__version__}; where not varied: {usual}")
-    told = f"{about['date']}, {args.size}, {reason}, torch {torch.__version__}, median of " \
+    heading = f"{about['date']}, {args.size}, {reason}, torch {torch.__version__}, median of " \
            f"{args.times}; where not varied {usual}, the clip's own length, prompt of " \
            f"{PROMPT} tokens:\n"  # fmt: skip
-    write_below("growth", [told, *table(lines)])
+    write_below("growth", [heading, *table(lines)])
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class Checker:
         self.fixed, self.wrong, self.seen = fixed, [], set()
 
     def value(self, size: str, letters: dict, actual: int):
-        """The number that a size stands for. A new letter takes the actual size as its value."""
+        """Return the number for a size in a comment. A new letter gets the actual size."""
         unknown = words_of(size) - letters.keys()
         if unknown == {size}:
             letters[size] = actual

@@ -533,8 +533,8 @@ def test_a_clip_of_several_directions_is_transcribed_once():
     japanese = [replace(row, source="en", target="ja") for row in ROWS[5:]]
     for share, n in ((1, 20), (0.5, 10)):
         mix = data.examples_for(german + japanese, share, seed=1, epoch=0)
-        heard = [example.row.path for example in mix if example.task == "asr"]
-        assert len(heard) == len(set(heard)) == n
+        transcribed = [example.row.path for example in mix if example.task == "asr"]
+        assert len(transcribed) == len(set(transcribed)) == n
         assert len(mix) == 35 + n
 
 
@@ -716,8 +716,8 @@ def test_a_clip_that_fails_is_left_out_of_its_batch_and_reported(tmp_path, token
     bad.path.write_bytes(b"no audio at all")
     batches = batches_of([good, bad], tokenizer)
     batch = batches.load([Example(bad, "st"), Example(good, "st"), Example(bad, "asr")])
-    alone = data.collate([Example(good, "st")], tokenizer, "llama2")
-    assert batch.ids.tolist() == alone.ids.tolist() and len(batch.audio) == 1
+    single = data.collate([Example(good, "st")], tokenizer, "llama2")
+    assert batch.ids.tolist() == single.ids.tolist() and len(batch.audio) == 1
     assert list(batches.skipped) == [bad.path]
     assert "not a format" in batches.skipped[bad.path]
     assert batches.load([Example(bad, "st")]) is None

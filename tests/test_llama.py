@@ -175,8 +175,8 @@ def test_cached_steps_equal_the_full_pass_for_rows_of_different_lengths(llama):
     cached = torch.cat(steps, dim=1)  # (B, 3, V)
 
     for row, prompt in enumerate(prompts):
-        alone = llama(torch.tensor([prompt + answers[row].tolist()]))[0, len(prompt) :]
-        assert_close(cached[row], alone, 1e-5)
+        single = llama(torch.tensor([prompt + answers[row].tolist()]))[0, len(prompt) :]
+        assert_close(cached[row], single, 1e-5)
 
 
 def test_each_token_of_a_step_attends_to_its_own_past(llama):
@@ -193,8 +193,8 @@ def test_each_token_of_a_step_attends_to_its_own_past(llama):
         steps.append(llama.logits(hidden)[0])
     together = torch.stack(steps, dim=1)  # (2, 3, V)
     for answer, logits in zip(answers, together):
-        alone = llama(torch.tensor([prompt + answer.tolist()]))[0, len(prompt) :]
-        assert_close(logits, alone, 1e-5)
+        single = llama(torch.tensor([prompt + answer.tolist()]))[0, len(prompt) :]
+        assert_close(logits, single, 1e-5)
 
 
 def test_a_cache_keeps_only_the_named_rows(llama):

@@ -140,8 +140,8 @@ def test_each_loss_belongs_to_a_row_of_the_batch(bases):
 @pytest.mark.parametrize("window", WINDOWS)
 def test_the_loss_of_a_row_does_not_depend_on_other_rows(bases, window):
     model = trained_model(bases, window=window)
-    alone = torch.cat([losses(model, [row]) for row in ROWS])
-    torch.testing.assert_close(losses(model), alone, rtol=0, atol=1e-4)
+    single = torch.cat([losses(model, [row]) for row in ROWS])
+    torch.testing.assert_close(losses(model), single, rtol=0, atol=1e-4)
 
 
 def test_an_answer_token_cannot_change_the_losses_before_it(bases):

@@ -29,11 +29,11 @@ def rows(language: str) -> list[dict[str, str]]:
 
 
 def by_split(column: str, languages) -> dict[str, set[str]]:
-    found = {"train": set(), "dev": set(), "test": set()}
+    values = {"train": set(), "dev": set(), "test": set()}
     for language in languages:
         for row in rows(language):
-            found[row["split"]].add(row[column])
-    return found
+            values[row["split"]].add(row[column])
+    return values
 
 
 @pytest.mark.parametrize(
@@ -41,10 +41,10 @@ def by_split(column: str, languages) -> dict[str, set[str]]:
     [("client_id", LANGUAGES), ("translation", LANGUAGES), *[("sentence", [x]) for x in LANGUAGES]],
 )
 def test_no_voice_and_no_sentence_is_in_two_splits(column, languages):
-    found = by_split(column, languages)
-    assert all(found.values())
-    assert not found["train"] & (found["dev"] | found["test"])
-    assert not found["dev"] & found["test"]
+    values = by_split(column, languages)
+    assert all(values.values())
+    assert not values["train"] & (values["dev"] | values["test"])
+    assert not values["dev"] & values["test"]
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

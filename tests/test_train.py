@@ -543,7 +543,7 @@ def test_a_model_that_cannot_be_written_is_an_error(monkeypatch, corpus, tmp_pat
 def test_ctrl_c_leaves_a_model_that_works(corpus, tmp_path):
     out = tmp_path / "run"
     flags = map(str, ("--data", corpus, "--out", out, "--epochs", 500))
-    # A shell that starts these tests in the background has told its children to ignore Ctrl-C.
+    # A shell that starts these tests in the background makes its children ignore Ctrl-C.
     process = subprocess.Popen(
         [sys.executable, ROOT / "train.py", *flags],
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),

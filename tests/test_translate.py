@@ -108,11 +108,11 @@ def test_a_wide_beam_is_exhaustive_search(length_penalty, eos_ids):
     llm = toy_language(5)
     for prompt in random_prompts(4, 7):
         expected = every_answer(llm, prompt, eos_ids, 4, length_penalty)
-        found = beam_search(
+        hypotheses = beam_search(
             llm, [prompt], eos_ids, SearchOptions(len(expected), length_penalty, 4)
         )[0]
-        assert len(found) == len(expected)
-        for (wanted, ids), hypothesis in zip(expected[:10], found, strict=False):
+        assert len(hypotheses) == len(expected)
+        for (wanted, ids), hypothesis in zip(expected[:10], hypotheses, strict=False):
             assert hypothesis.ids == ids
             assert hypothesis.score == pytest.approx(wanted, abs=1e-4)
 
@@ -144,10 +144,10 @@ def slow_beam(llm, prompt, eos_ids, W: int, most: int, length_penalty: float):
 def test_a_narrow_beam_equals_a_slow_search_of_the_same_rules(length_penalty, eos_ids):
     llm, prompts = toy_language(12), random_prompts(3, 9, 5, 1, 6, 2)
     together = beam_search(llm, prompts, eos_ids, SearchOptions(4, length_penalty, 8))
-    for prompt, found in zip(prompts, together, strict=True):
+    for prompt, hypotheses in zip(prompts, together, strict=True):
         expected = slow_beam(llm, prompt, eos_ids, 4, 8, length_penalty)
-        assert [h.ids for h in found] == [ids for _, ids in expected]
-        assert [h.score for h in found] == pytest.approx([s for s, _ in expected], abs=1e-4)
+        assert [h.ids for h in hypotheses] == [ids for _, ids in expected]
+        assert [h.score for h in hypotheses] == pytest.approx([s for s, _ in expected], abs=1e-4)
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
@@ -166,25 +166,25 @@ def test_prompts_of_other_lengths_in_the_batch_change_nothing(beams, eos_ids):
     llm, prompts = toy_language(12), random_prompts(3, 20, 5, 1, 11)
     options = SearchOptions(beams, max_new_tokens=12)
     together = beam_search(llm, prompts, eos_ids, options)
-    for prompt, found in zip(prompts, together, strict=True):
-        alone = beam_search(llm, [prompt], eos_ids, options)[0]
-        assert [h.ids for h in found] == [h.ids for h in alone]
-        assert [h.score for h in found] == pytest.approx([h.score for h in alone], abs=1e-4)
+    for prompt, hypotheses in zip(prompts, together, strict=True):
+        single = beam_search(llm, [prompt], eos_ids, options)[0]
+        assert [h.ids for h in hypotheses] == [h.ids for h in single]
+        assert [h.score for h in hypotheses] == pytest.approx([h.score for h in single], abs=1e-4)
 
 
 def test_hypotheses_are_distinct_and_best_first():
     options = SearchOptions(6, max_new_tokens=8)
-    for found in beam_search(toy_language(12), random_prompts(3, 9), [2], options):
-        assert len(found) == 6 == len({tuple(hypothesis.ids) for hypothesis in found})
-        scores = [hypothesis.score for hypothesis in found]
+    for hypotheses in beam_search(toy_language(12), random_prompts(3, 9), [2], options):
+        assert len(hypotheses) == 6 == len({tuple(hypothesis.ids) for hypothesis in hypotheses})
+        scores = [hypothesis.score for hypothesis in hypotheses]
         assert scores == sorted(scores, reverse=True)
 
 
 @pytest.mark.parametrize("most", [1, 2, 5])
 def test_no_answer_is_longer_than_the_limit_or_has_an_end_token(most):
     options = SearchOptions(3, max_new_tokens=most)
-    found = beam_search(toy_language(12), random_prompts(3, 9), [2, 5], options)
-    ids = [hypothesis.ids for clip in found for hypothesis in clip]
+    hypotheses = beam_search(toy_language(12), random_prompts(3, 9), [2, 5], options)
+    ids = [hypothesis.ids for clip in hypotheses for hypothesis in clip]
     assert max(map(len, ids)) == most
     assert not {2, 5} & set(itertools.chain(*ids))
 
@@ -244,8 +244,8 @@ FORMATS = {".oga": "OGG", ".aif": "AIFF"}
 HOW = {"search": THREE, "n_best": 3}
 
 
-def assert_same(found, expected):
-    for one, other in zip(found, expected, strict=True):
+def assert_same(results, expected):
+    for one, other in zip(results, expected, strict=True):
         assert (one.path, one.text, one.error) == (other.path, other.text, other.error)
         for a, b in zip(one.n_best, other.n_best, strict=True):
             assert a["text"] == b["text"] and a["score"] == pytest.approx(b["score"], abs=2e-4)
@@ -390,7 +390,7 @@ def test_a_long_clip_is_cut_in_the_middle_of_its_pauses():
         audio[round(pause * 16000) :][:3200] = 0  # 0.2 s, the window
     pieces = split_at_quiet(audio, 4 * 16000)
     expected = [(0, 54400), (54400, 105600), (105600, 160000)]
-    np.testing.assert_allclose(pieces, expected, atol=2)  # a tone may be at zero beside a pause
+    np.testing.assert_allclose(pieces, expected, atol=2)  # a tone may be at zero next to a pause
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 999, 1000, 1001, 1002, 2500])
@@ -756,17 +756,17 @@ def test_an_ambiguous_or_unknown_direction_is_an_error_with_all_directions(lang,
 
 def test_the_direction_reaches_the_prompt(command, made, clips, monkeypatch):
     toys.save_model(made, made / "outward", ("en-de", "en-zh-CN"))
-    asked = []
+    prompts_used = []
 
     def spy(model, paths, task, source, target, *options, **others):
-        asked.append((task, source, target))
+        prompts_used.append((task, source, target))
         return []
 
     monkeypatch.setattr(translate, "translate_in_order", spy)
     for flags in (["--lang", "en-zh-CN"], ["--lang", "en-de"], ["--lang", "en", "--task", "asr"]):
         assert command("--model", made / "outward", clips / "good0.wav", *flags)[0] == 0
-    assert asked[:2] == [("st", "en", "zh-CN"), ("st", "en", "de")]
-    assert asked[2][:2] == ("asr", "en")
+    assert prompts_used[:2] == [("st", "en", "zh-CN"), ("st", "en", "de")]
+    assert prompts_used[2][:2] == ("asr", "en")
 
 
 def test_after_ctrl_c_the_finished_results_are_printed_first(command, quick, clips, monkeypatch):
@@ -789,7 +789,7 @@ def test_out_of_memory_names_the_phase(command, quick, clips, monkeypatch):
     def too_much(*_, **__):
         raise torch.OutOfMemoryError("tried to allocate 80 GiB")
 
-    for where, name, told in (
+    for where, name, message in (
         (LLaST, "from_pretrained", "out of memory while loading the model; use a smaller model"),
         (
             translate,
@@ -800,7 +800,7 @@ def test_out_of_memory_names_the_phase(command, quick, clips, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(where, name, too_much)
             code, _, err = command(*quick, clips / "good0.wav")
-        assert code == 2 and told in err and "80 GiB" in err
+        assert code == 2 and message in err and "80 GiB" in err
 
 
 def test_nan_weights_are_an_error(model, clips):
@@ -812,13 +812,13 @@ def test_nan_weights_are_an_error(model, clips):
 
 def test_the_end_token_is_counted_if_there_is_one(model, clips, monkeypatch):
     for most in (1, 2, 40):
-        [found] = translate.translate(
+        [result] = translate.translate(
             model, toys.good(clips)[:1], search=SearchOptions(1, 1.0, most)
         )
-        assert found.tokens == most, "this model never ends an answer"
+        assert result.tokens == most, "this model never ends an answer"
     monkeypatch.setattr(model.tokenizer, "eos_ids", [*range(1300)])
-    [found] = translate.translate(model, toys.good(clips)[:1], search=SearchOptions(1, 1.0, most))
-    assert (found.tokens, found.text) == (1, ""), "only the end token"
+    [result] = translate.translate(model, toys.good(clips)[:1], search=SearchOptions(1, 1.0, most))
+    assert (result.tokens, result.text) == (1, ""), "only the end token"
 
 
 def test_a_name_too_long_for_a_file_is_one_bad_clip(command, quick, clips):

@@ -69,7 +69,7 @@ def read_pickle(file: Path) -> dict:
     return stored
 
 
-def check_tensors(weights: dict, file: Path) -> dict[str, Tensor]:
+def check_pickled_tensors(weights: dict, file: Path) -> dict[str, Tensor]:
     """Return the same dictionary. A value that is not a named tensor of numbers is an error."""
     for name, tensor in weights.items():
         if not isinstance(name, str):
@@ -200,7 +200,9 @@ def read_bin_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
             f"conversion"
         )
     files = [folder / Path(name).name for name in names]
-    return chain.from_iterable(check_tensors(read_pickle(file), file).items() for file in files)
+    return chain.from_iterable(
+        check_pickled_tensors(read_pickle(file), file).items() for file in files
+    )
 
 
 OPENAI_NAMES = (  # parts of OpenAI's names -> the same parts of Hugging Face's names
@@ -256,7 +258,7 @@ def read_openai(file: Path) -> tuple[dict, Iterator[tuple[str, Tensor]]]:
     dims, weights = stored["dims"], stored["model_state_dict"]
     if not isinstance(dims, dict) or not isinstance(weights, dict):
         raise ValueError(f"{file}: dims and model_state_dict must be dictionaries")
-    check_tensors(weights, file)
+    check_pickled_tensors(weights, file)
     sizes = check_fields(OpenAISizes, dims, file)
     end = 50257 if sizes.n_vocab >= 51865 else 50256  # <|endoftext|>; English-only has one less
     config = {
@@ -361,7 +363,7 @@ def read_parts(folder: Path) -> list[dict[str, Tensor]]:
         raise FileNotFoundError(
             f"{folder} must have consolidated.00.pth, consolidated.01.pth and so on; found {names}"
         )
-    parts = [check_tensors(read_pickle(file), file) for file in files]
+    parts = [check_pickled_tensors(read_pickle(file), file) for file in files]
     faults = [
         name
         for name in sorted(set().union(*parts))
@@ -569,7 +571,7 @@ def read_original(path: Path) -> dict[str, Tensor]:
         for key in ("module", "state_dict"):  # DeepSpeed's name, and xtuner's
             if isinstance(stored.get(key), dict):
                 stored = stored[key]
-        check_tensors(stored, path)
+        check_pickled_tensors(stored, path)
     tensors = {}
     for name, tensor in stored.items():
         if not name.startswith("speech_encoder.base_model.model.decoder."):

@@ -223,10 +223,6 @@ def check_writable(file: Path):
         file.unlink()
 
 
-def search_options(args: argparse.Namespace) -> SearchOptions:
-    return SearchOptions(args.beams, args.length_penalty, args.max_new_tokens)
-
-
 def run_task(model: LLaST, clips: list, task: str, *languages_and_search, **options):
     if task == "cascade":
         return cascade(model, clips, *languages_and_search, **options)
@@ -267,7 +263,7 @@ def read_tests(model: LLaST, args, folder: Path, corpus: Path) -> dict[str, list
     return tests
 
 
-def run_tests(model: LLaST, args, folder: Path, meter) -> list[Translation]:
+def run_tests(model: LLaST, args, folder: Path, search: SearchOptions, meter) -> list[Translation]:
     """Score the test sets that --test names. Return the results of all clips."""
     corpus = args.data or corpus_of(folder)
     tests = read_tests(model, args, folder, corpus)
@@ -278,7 +274,7 @@ def run_tests(model: LLaST, args, folder: Path, meter) -> list[Translation]:
         tsv = tsv_of(folder, args.task, name)
         paths, languages = [row.path for row in rows], (rows[0].source, rows[0].target)
         with meter:
-            results = run_task(model, paths, args.task, *languages, search_options(args), **options)
+            results = run_task(model, paths, args.task, *languages, search, **options)
         all_results += results
         scores[name] = score_results(rows, results, tsv, args.task)
         print(f"every clip with its reference and its hypothesis: {tsv}", file=sys.stderr)
@@ -295,14 +291,12 @@ def run_tests(model: LLaST, args, folder: Path, meter) -> list[Translation]:
     return all_results
 
 
-def run_clips(model: LLaST, args, folder: Path, meter) -> list[Translation]:
+def run_clips(model: LLaST, args, folder: Path, search: SearchOptions, meter) -> list[Translation]:
     """Translate or transcribe single clips and print the results."""
     paths = audio_paths(args.audio)
     languages = choose_direction(model, args.lang, folder, args.task)
     with meter:
-        results = run_task(
-            model, paths, args.task, *languages, search_options(args), batch_size=args.batch
-        )
+        results = run_task(model, paths, args.task, *languages, search, batch_size=args.batch)
     for result in results:
         show(result, args.json)
     return results
@@ -334,7 +328,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_options(args)
+    search = check_options(args)
     if bool(args.test) == bool(args.audio):
         inputs = "both" if args.test else "neither"
         raise ValueError(f"expected --test or audio files, found {inputs}; give one of the two")
@@ -344,7 +338,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name} is only for {other}, which are not given; leave it out")
     model, folder = load_model(args)
     meter = Meter(model) if args.stats else nullcontext()
-    results = (run_tests if args.test else run_clips)(model, args, folder, meter)
+    results = (run_tests if args.test else run_clips)(model, args, folder, search, meter)
     if args.stats:
         used = [result.path for result in results if not result.error]
         print_cost(meter.figures(results, sum(map(audio_seconds, map(Path, used)))), args.json)

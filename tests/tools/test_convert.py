@@ -235,9 +235,9 @@ def refusal(source: Path, kind=Llama) -> str:
 def test_one_faulty_tensor_of_a_whisper_is_refused_by_name(tmp_path, format, fault):
     weights, config = read(toys.whisper_folder(tmp_path / "original", **SMALL))
     for i, name in enumerate(name for name in weights if ".encoder." in name):
-        spoilt = dict(weights)
-        toys.FAULTS[fault](spoilt, name)
-        source = write_source(tmp_path / f"source{i}", format, spoilt, config, WhisperEncoder)
+        faulty = dict(weights)
+        toys.FAULTS[fault](faulty, name)
+        source = write_source(tmp_path / f"source{i}", format, faulty, config, WhisperEncoder)
         message = refusal(source, WhisperEncoder)
         assert f"{fault}: {name.removeprefix('model.encoder.')}" in message
         assert f"{source}: 1 tensors do not fit" in message
@@ -248,9 +248,9 @@ def test_one_faulty_tensor_of_a_whisper_is_refused_by_name(tmp_path, format, fau
 def test_one_faulty_tensor_of_a_llama_is_refused_by_name(tmp_path, format, fault):
     weights, config = read(toys.llama_folder(tmp_path / "original", **LLAMA_SIZES["GQA"]))
     for i, name in enumerate(weights):
-        spoilt = dict(weights)
-        toys.FAULTS[fault](spoilt, name)
-        message = refusal(write_source(tmp_path / f"source{i}", format, spoilt, config))
+        faulty = dict(weights)
+        toys.FAULTS[fault](faulty, name)
+        message = refusal(write_source(tmp_path / f"source{i}", format, faulty, config))
         # Meta's folder has no vocab_size, and two files of it are compared with each other first.
         if not format.startswith("meta") or ("embed_tokens" not in name and "2" not in format):
             assert f"{fault}: {name}" in message

@@ -25,12 +25,12 @@ SHORT = SearchOptions(1, max_new_tokens=3)
 
 def test_a_cascade_translates_its_transcripts(model, clips):
     paths = [*toys.good(clips), clips / "empty.wav"]
-    heard = translate(model, paths, "asr", search=THREE)
-    found = cascade(model, paths, "fr", "en", THREE, batch_size=2)
-    assert "the file is empty" in found[-1].error and found[-1].text == ""
+    transcripts = translate(model, paths, "asr", search=THREE)
+    results = cascade(model, paths, "fr", "en", THREE, batch_size=2)
+    assert "the file is empty" in results[-1].error and results[-1].text == ""
     prompt = ids_of_prompt(model, "st", "fr", "en").tolist()
     at = prompt.index(AUDIO_ID)
-    for result, transcript in zip(found[:-1], heard[:-1], strict=True):
+    for result, transcript in zip(results[:-1], transcripts[:-1], strict=True):
         assert result.path == transcript.path and result.text != transcript.text
         words = model.tokenizer.encode(transcript.text)
         row = torch.tensor(prompt[:at] + words + prompt[at + 1 :])
@@ -41,22 +41,22 @@ def test_a_cascade_translates_its_transcripts(model, clips):
 
 
 def test_a_cascade_translates_a_long_clip_piece_by_piece(model, long_clip):
-    [heard] = translate(model, [long_clip], "asr", search=SHORT)
-    [found] = cascade(model, [long_clip], "fr", "en", SHORT)
-    assert len(heard.pieces) > 1
-    for piece, transcript in zip(found.pieces, heard.pieces, strict=True):
+    [spoken] = translate(model, [long_clip], "asr", search=SHORT)
+    [result] = cascade(model, [long_clip], "fr", "en", SHORT)
+    assert len(spoken.pieces) > 1
+    for piece, transcript in zip(result.pieces, spoken.pieces, strict=True):
         assert (piece["start"], piece["end"]) == (transcript["start"], transcript["end"])
         assert piece["text"] != transcript["text"]
-    assert found.text == " ".join(piece["text"] for piece in found.pieces)
+    assert result.text == " ".join(piece["text"] for piece in result.pieces)
 
 
 def test_a_cascade_keeps_an_empty_transcript_empty(model, clips, monkeypatch):
     monkeypatch.setattr(model.tokenizer, "decode", lambda ids: "")
-    heard = translate(model, toys.good(clips), "asr", search=THREE)
-    found = cascade(model, toys.good(clips), "fr", "en", THREE)
-    assert [(r.text, r.error) for r in found] == [("", None)] * len(heard)
-    assert [r.tokens for r in found] == [r.tokens for r in heard]
-    assert [r.n_best for r in found] == [r.n_best[:1] for r in heard]
+    transcripts = translate(model, toys.good(clips), "asr", search=THREE)
+    results = cascade(model, toys.good(clips), "fr", "en", THREE)
+    assert [(r.text, r.error) for r in results] == [("", None)] * len(transcripts)
+    assert [r.tokens for r in results] == [r.tokens for r in transcripts]
+    assert [r.n_best for r in results] == [r.n_best[:1] for r in transcripts]
 
 
 # ------------------------------------------------------------------------------------- transcripts

@@ -162,7 +162,7 @@ def test_planned_activations_are_what_the_backward_pass_keeps(built, dropout):
     if dropout:  # a CPU's mask takes two bytes for each input of a LoRA, a GPU's takes one
         in_encoder = W.encoder_layers * (5 * W.d_model + W.encoder_ffn_dim)
         in_llm = L.num_hidden_layers * (6 * L.hidden_size + L.intermediate_size)
-        in_last_mlp = 2 * L.hidden_size + L.intermediate_size  # works on answers alone
+        in_last_mlp = 2 * L.hidden_size + L.intermediate_size  # works only on answers
         planned += B * (S * in_encoder + P * in_llm - (P - plan.ANSWER) * in_last_mlp)
     assert kept_bytes(model, batch) == pytest.approx(planned, rel=0.1)
 
