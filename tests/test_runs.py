@@ -1,0 +1,87 @@
+"""notebooks/experiments/runs.py: a run becomes one line, and is not repeated."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+import toys
+from data import read_table
+
+ROOT = Path(__file__).parents[1]
+CORPUS = ROOT / "tiny" / "corpus"
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """The script as a module. Its only run is "toy", and it writes to a temporary folder."""
+    spec = importlib.util.spec_from_file_location("runs", ROOT / "notebooks/experiments/runs.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    encoder = toys.whisper_folder(tmp_path / "whisper", encoder_layers=1)
+    llm = toys.llama_folder(tmp_path / "llama", num_hidden_layers=1)
+    options = f"--encoder {encoder} --llm {llm} --data {tmp_path / 'corpus'} --epochs 1"
+    monkeypatch.setattr(module, "RUNS", module.RUNS | {"toy": options})
+    monkeypatch.setattr(module, "MODELS", tmp_path / "models")
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "results.jsonl")
+    return module
+
+
+def write_corpus(root: Path):
+    """Twelve clips to train on, two for dev and two for test."""
+    (root / "fr").mkdir(parents=True)
+    (root / "fr" / "clips").symlink_to(CORPUS / "fr" / "clips")
+    columns = "path", "sentence", "translation", "split"
+    rows = [row for _, row in read_table(CORPUS / "fr" / "fr-en.tsv", columns)]
+    kept = []
+    for split, n in (("train", 12), ("dev", 2), ("test", 2)):
+        kept += [[row[c] for c in columns] for row in rows if row["split"] == split][:n]
+    toys.write_corpus(root, kept)
+
+
+def write_line(runs, name="toy", seed=0, **changes):
+    """Append a line as a finished run does."""
+    line = {"name": name, "seed": seed, "settings": runs.settings_of(name) | changes}
+    with open(runs.RESULTS, "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def test_every_run_has_valid_options_and_no_two_runs_are_the_same(runs):
+    settings = [json.dumps(runs.settings_of(name), sort_keys=True) for name in runs.RUNS]
+    assert len(set(settings)) == len(settings)
+
+
+def test_a_finished_run_is_one_line_with_its_settings_and_scores(runs, tmp_path):
+    write_corpus(tmp_path / "corpus")
+    assert runs.train_all([("toy", 1)], parallel=1) == 0
+    [line] = runs.read_results()
+    assert (line["name"], line["seed"]) == ("toy", 1)
+    assert line["settings"] == runs.settings_of("toy")
+    assert line["steps"] >= len(line["losses"]) == len(line["grad_norms"]) > 0
+    assert line["trained_parameters"] > 0 and line["seconds"] > 0 and line["dev_loss"] > 0
+    assert set(line["dev_bleu"]) == set(line["test"]) == {"fr-en"}
+    scores = line["test"]["fr-en"]
+    low, high = scores["bleu_interval"]
+    assert low <= scores["bleu"] <= high and 0 <= scores["exact"] <= 1 and scores["n"] == 2
+    assert (tmp_path / "models" / "toy-1" / "llast.safetensors").is_file()
+    assert runs.runs_to_do(["toy"], [0, 1]) == [("toy", 0)]
+
+
+def test_a_run_that_failed_has_no_line_and_is_done_again(runs, capsys):
+    assert runs.train_all([("toy", 0)], parallel=1) == 1  # there is no corpus
+    assert "toy, seed 0: train.py failed: train.py: no fr-en corpus" in capsys.readouterr().err
+    assert runs.read_results() == []
+    assert runs.runs_to_do(["toy"], [0]) == [("toy", 0)]
+
+
+def test_a_line_that_was_measured_with_other_settings_is_an_error(runs):
+    write_line(runs, lr=0.5)
+    with pytest.raises(ValueError, match="toy, seed 0 was measured with other settings: lr;"):
+        runs.runs_to_do(["toy"], None)
+
+
+def test_curves_have_a_fixed_number_of_means(runs):
+    assert runs.means([1.0, 2.0, 3.0]) == [1.0, 2.0, 3.0]
+    curve = runs.means([float(i) for i in range(1000)])
+    assert len(curve) == 50 and curve[0] == 9.5
