@@ -1,16 +1,27 @@
-"""tiny/: no sentence or voice of dev and test is in train, and the files stay small."""
+"""tiny/: the encoder is the published one, no dev or test sentence is in train, files are small."""
 
+import hashlib
+import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
+import toys
 from data import read_table
 
 ROOT = Path(__file__).parents[1]
 CORPUS = ROOT / "tiny" / "corpus"
 LANGUAGES = ("de", "es", "fr")
+
+
+def sha256_in_readme(start: str) -> str:
+    """The SHA-256 in the row of tiny/README.md that begins with `start`."""
+    readme = (ROOT / "tiny" / "README.md").read_text(encoding="utf-8")
+    return re.search(rf"^\| {re.escape(start)} \| `(\w{{64}})`", readme, re.M)[1]
 
 
 @pytest.fixture
@@ -34,6 +45,39 @@ def by_split(column: str, languages) -> dict[str, set[str]]:
         for row in rows(language):
             values[row["split"]].add(row[column])
     return values
+
+
+def test_the_included_encoder_is_the_published_one():
+    stored = hashlib.sha256((ROOT / "tiny" / "whisper" / "model.safetensors").read_bytes())
+    assert stored.hexdigest() == sha256_in_readme("`whisper/model.safetensors`")
+
+
+def test_take_encoder_keeps_every_tensor_of_the_encoder_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tiny")
+    import take_encoder
+
+    source = toys.whisper_folder(tmp_path / "whisper")
+    config = json.loads((source / "config.json").read_text())
+    config |= {"activation_function": "gelu", "scale_embedding": False, "decoder_layers": 6}
+    (source / "config.json").write_text(json.dumps(config))
+    take_encoder.take_encoder(source, tmp_path / "out")
+    taken = load_file(tmp_path / "out" / "model.safetensors")
+    published = load_file(source / "model.safetensors")
+    assert set(taken) == {name for name in published if name.startswith("model.encoder.")}
+    for name, tensor in taken.items():
+        assert tensor.equal(published[name].half()), name
+    assert "decoder_layers" not in (tmp_path / "out" / "config.json").read_text()
+
+
+def test_the_french_test_rows_never_change():
+    texts = [
+        "\t".join([row["path"], row["sentence"], row["translation"]]) + "\n"
+        for row in rows("fr")
+        if row["split"] == "test"
+    ]
+    start = "path, sentence and translation of the 200 French test rows"
+    assert len(texts) == 200
+    assert hashlib.sha256("".join(texts).encode()).hexdigest() == sha256_in_readme(start)
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,7 @@ def corpus(tmp_path):
             for line in [line for line in lines if line[3] == split][:n]
         ]
         toys.write_corpus(tmp_path / "corpus", kept, f"{language}-en")
+    toys.whisper_folder(tmp_path / "corpus" / "whisper", encoder_layers=1)
     return tmp_path / "corpus"
 
 
@@ -79,7 +80,8 @@ def run(monkeypatch, *flags) -> int:
 
 
 def flags_for(corpus, out, *more):
-    return ("--data", corpus, "--out", out, "--epochs", 1, "--asr", 1, *more)
+    encoder = corpus / "whisper"
+    return ("--data", corpus, "--encoder", encoder, "--out", out, "--epochs", 1, "--asr", 1, *more)
 
 
 def settings_from(*flags) -> train.Preset:
@@ -215,7 +217,7 @@ def test_a_notebook_trains_in_three_lines_without_files_and_output(
 
 def test_the_loss_falls(toy):
     losses, rows = [], toy[1]
-    settings = replace(PRESETS["tiny"], asr=0.0, batch=300, epochs=5)
+    settings = replace(toy[0], llm=PRESETS["tiny"].llm, asr=0.0, batch=300, epochs=5)
     model, batches = new_model(settings, rows)
     train_epochs(model, batches, settings, lambda step: losses.append(step.losses.mean().item()))
     assert sum(losses[-3:]) < 0.7 * sum(losses[:3])

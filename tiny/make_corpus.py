@@ -3,7 +3,7 @@
     python tiny/make_corpus.py          needs espeak-ng
 
 The dev and test sentences are drawn first. None of them, in any of the four languages, is in the
-train split or in a text or recording that make_llm.py and make_encoder.py draw.
+train split or in a text that make_llm.py draws.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """One sentence, spoken: espeak-ng, a voice, a speed, a pitch, and a little noise.
 
-Used by make_corpus.py and make_encoder.py only; training and translating never need espeak-ng.
+Only make_corpus.py uses it. Training and translating never need espeak-ng.
 No voice of one group is in another, and families of voices (edward, edward2) stay together.
 """
 
