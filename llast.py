@@ -191,7 +191,7 @@ class LLaST(nn.Module):
         """List of waveforms (N,) -> list of speech embeddings (S, D), one per clip."""
         M = self.speech_encoder.config.num_mel_bins
         mels = [clip_to_mel(clip.to(self.device), M, self.config.window).T for clip in audio]
-        lengths = torch.tensor([len(mel) // 2 for mel in mels], device=self.device)
+        lengths = torch.tensor([len(mel) // 2 for mel in mels])
         # Here S is that of the longest clip, or of the 30 s window.
         mel = pad_sequence(mels, batch_first=True).transpose(1, 2)  # (B, M, 2S)
         mel = mel.to(self.speech_encoder.conv1.weight.dtype)
@@ -220,16 +220,19 @@ class LLaST(nn.Module):
         Rows are padded on the right. So a token has the same position in every batch. Causal
         attention needs no mask, because no token can see the padding after it. The loss of a row
         does not depend on the other rows.
+
+        The labels stay on the CPU. Their number decides the shapes below, and asking a GPU for it
+        would make the CPU wait. Copies to the GPU do not wait either (non_blocking).
         """
         rows, labels = [], []
         speech = self.encode_speech(batch.audio)
-        parts = zip(speech, batch.ids, batch.labels, batch.lengths, batch.audio_at, strict=True)
+        batch_ids = batch.ids.to(self.device, non_blocking=True)
+        parts = zip(speech, batch_ids, batch.labels, batch.lengths, batch.audio_at, strict=True)
         for embeddings, ids, row_labels, n_ids, audio_index in parts:
-            rows.append(self.splice(ids[:n_ids].to(self.device), embeddings, audio_index))
+            rows.append(self.splice(ids[:n_ids], embeddings, audio_index))
             # One id became S embeddings, so the row is S - 1 longer. Add S - 1 IGNORE labels. They
             # can go to the front, because everything before the answer is IGNORE.
-            row_labels = row_labels[:n_ids].to(self.device)
-            labels.append(F.pad(row_labels, (len(embeddings) - 1, 0), value=IGNORE))
+            labels.append(F.pad(row_labels[:n_ids], (len(embeddings) - 1, 0), value=IGNORE))
         x = pad_sequence(rows, batch_first=True)  # (B, P, D)
         labels = pad_sequence(labels, batch_first=True, padding_value=IGNORE)  # (B, P)
 
@@ -237,10 +240,11 @@ class LLaST(nn.Module):
         # the last position of the prompt, the LLM must predict the first token of the answer.
         next_tokens = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # (B, P)
         # The last MLP and the head are computed only where there is a next token to predict.
-        selection = torch.where(next_tokens != IGNORE)
-        hidden = self.llm.hidden(x, selection=selection)[0]  # (answer tokens, D)
-        logits = self.llm.logits(hidden)  # (answer tokens, V)
-        return F.cross_entropy(logits.float(), next_tokens[selection], reduction="none")
+        row, position = torch.where(next_tokens != IGNORE)
+        places = torch.stack([row, position, next_tokens[row, position]])  # (3, answer tokens)
+        row, position, targets = places.to(self.device, non_blocking=True)
+        hidden = self.llm.hidden(x, selection=(row, position))[0]  # (answer tokens, D)
+        return F.cross_entropy(self.llm.logits(hidden).float(), targets, reduction="none")
 
     def compile_layers(self):
         """Call torch.compile for every layer. The first calls are slow, later calls are faster."""

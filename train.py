@@ -294,7 +294,8 @@ class Step:
 def train_step(model: LLaST, batches: list[Batch], optimizer, clip_norm: float):
     """Change the trained weights once.
 
-    Returns the losses of all answer tokens, and the norm of the gradient before clipping.
+    Returns the losses of all answer tokens, on the CPU, and the norm of the gradient before
+    clipping.
 
     The losses are divided by the number of tokens of the whole step, so that every token counts
     the same. Example: a batch with the losses 1, 1, 1, 1 and a batch with the loss 6. The mean of
@@ -309,8 +310,11 @@ def train_step(model: LLaST, batches: list[Batch], optimizer, clip_norm: float):
             losses = model(batch)  # one for each answer token
             (losses.sum() / n_tokens).backward()  # is added to the gradients of the earlier batches
         step_losses.append(losses.detach())
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm).item()
-    losses = torch.cat(step_losses)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    # The only place of a step where the CPU waits for the GPU. In between, it is ahead of the GPU,
+    # so the GPU always has work.
+    losses = torch.cat([*step_losses, grad_norm[None]]).cpu()
+    losses, grad_norm = losses[:-1], losses[-1].item()
     if not math.isfinite(grad_norm):  # this step would make the weights NaN
         problem = f"the loss is {losses.mean():.4g} and its gradient has length {grad_norm:.4g}"
         raise ValueError(f"{problem}, so this step was not done; try a smaller --lr")
@@ -337,7 +341,7 @@ def train_epochs(model: LLaST, batches: Batches, settings, after_step=None, afte
     empty_steps = 0  # steps in a row without a clip that can be read
     for epoch in range(settings.epochs):
         model.train()
-        steps = load_steps(batches, epoch, settings.accumulate)
+        steps = load_steps(batches, epoch, settings.accumulate, model.device)
         for step_batches in prefetch(steps, in_thread=model.device.type == "cuda"):
             number += 1
             empty_steps = 0 if step_batches else empty_steps + 1
@@ -365,12 +369,25 @@ def learning_rate(number: int, n_steps: int, settings: Preset) -> float:
     return settings.lr * min(number / warmup, share_left)
 
 
-def load_steps(batches: Batches, epoch: int, accumulate: int) -> Iterator[list[Batch]]:
+def load_steps(batches: Batches, epoch: int, accumulate: int, device) -> Iterator[list[Batch]]:
     """Yield the batches of each step of an epoch, without the clips that cannot be read."""
     groups = batches.groups(epoch)
     for start in range(0, len(groups), accumulate):
         loaded = [batches.load(group) for group in groups[start : start + accumulate]]
-        yield [batch for batch in loaded if batch is not None]
+        yield [to_device(batch, device) for batch in loaded if batch is not None]
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Copy the audio and the ids of a batch to a GPU. LLaST.forward needs the labels on the CPU.
+
+    From pinned memory (memory that is never moved to the disk), a GPU copies by itself. Neither the
+    CPU nor the computation of the step before has to wait.
+    """
+    if device.type != "cuda":
+        return batch
+    tensors = torch.cat(batch.audio), batch.ids  # one copy instead of one for each clip
+    audio, ids = (tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
+    return replace(batch, audio=list(audio.split([len(clip) for clip in batch.audio])), ids=ids)
 
 
 def prefetch(items: Iterator, in_thread: bool) -> Iterator:

@@ -287,7 +287,7 @@ def resample(audio: Tensor, from_rate: int, to_rate: int) -> Tensor:
 
 
 @lru_cache
-def mel_filters(n_mels: int) -> Tensor:
+def mel_filters(n_mels: int, device="cpu") -> Tensor:
     """Return the weights that sum Fourier bins into mel bins. -> (M, N_FFT/2 + 1)
 
     The mel scale has small steps at low frequencies and large steps at high frequencies, like human
@@ -309,7 +309,7 @@ def mel_filters(n_mels: int) -> Tensor:
     rising = (bins - left) / (middle - left)
     falling = (right - bins) / (right - middle)
     triangles = torch.minimum(rising, falling).clamp(min=0)
-    return (triangles * 2 / (right - left)).float()
+    return (triangles * 2 / (right - left)).float().to(device)
 
 
 def log_mel_spectrogram(audio: Tensor, n_mels: int) -> Tensor:
@@ -325,7 +325,7 @@ def log_mel_spectrogram(audio: Tensor, n_mels: int) -> Tensor:
     spectrum = torch.stft(audio, N_FFT, HOP, window=window, return_complex=True)
     spectrum = spectrum[..., :-1]  # Whisper leaves out the last frame, centred at the end
     power = spectrum.real**2 + spectrum.imag**2
-    mel = mel_filters(n_mels).to(audio.device) @ power
+    mel = mel_filters(n_mels, audio.device) @ power
 
     log = mel.clamp(min=1e-10).log10()
     maximum = log.amax(dim=(-2, -1), keepdim=True)
@@ -453,7 +453,8 @@ class WhisperEncoder(nn.Module):
     def forward(self, mel: Tensor, lengths: Tensor | None = None, n: int | None = None) -> Tensor:
         """Encode log-mel spectrograms: (B, M, 2S) -> (B, S, Da).
 
-        lengths (B,) is the number of real states of each clip. None means that no clip is padded.
+        lengths (B,) is the number of real states of each clip, on the CPU, because a decision
+        depends on it. None means that no clip is padded.
         Do not use the states after the length of a clip. They do not change its other states.
 
         If n is given, the last layer computes only the first n states: (B, n, Da). They still
@@ -464,7 +465,7 @@ class WhisperEncoder(nn.Module):
             raise ValueError(f"a clip has {S} states; this encoder takes {max_S}: split the clip")
         can_attend = None
         if lengths is not None and (lengths < S).any():  # attention is faster without a mask
-            is_real = torch.arange(S, device=mel.device) < lengths[:, None]  # (B, S)
+            is_real = (torch.arange(S) < lengths[:, None]).to(mel.device, non_blocking=True)
             can_attend = is_real[:, None, None]  # (B, 1, 1, S)
             # The first convolution reads one frame after the end of a clip. It pads a single clip
             # with zeros there, so in a batch zeros must follow each clip too. The caller can have

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import llast
 import toys
+import train
 from data import AUDIO_ID, IGNORE, Batch
 from llast import LLaST, LLaSTConfig
 from lora import merge_lora
@@ -202,6 +203,21 @@ def test_each_attention_kernel_takes_the_shapes_of_training(tmp_path, kernel):
     (loss, grads), (expected, by_math) = results
     torch.testing.assert_close(loss, expected, rtol=0.05, atol=0.05)
     assert (grads - by_math).norm() < 0.1 * by_math.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU does not wait for a GPU")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_cpu_does_not_wait_for_the_gpu_during_a_forward_and_a_backward_pass(bases, recompute):
+    config = config_for(bases, window="30s", dropout=0.1)
+    model = LLaST.fresh(config, torch.bfloat16, "cuda").train()
+    model.speech_encoder.recompute = model.llm.recompute = recompute
+    batch = train.to_device(batch_of(ROWS), model.device)
+    model(batch).sum().backward()  # the first call fills caches
+    torch.cuda.set_sync_debug_mode("error")  # now waiting is an error
+    try:
+        model(batch).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_gradients_reach_the_projector_and_both_loras_and_nothing_else(bases):
