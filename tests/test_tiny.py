@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -112,6 +113,15 @@ def test_held_out_texts_are_exactly_those_of_dev_and_test(scripts):
         for row in rows(language):
             texts = {row["sentence"], row["translation"]}
             assert not texts & held_out if row["split"] == "train" else texts <= held_out
+
+
+def test_the_phrasebook_prints_ten_sentences_each_with_its_translation(scripts, run_main):
+    import phrasebook
+
+    _, lines, _ = run_main(phrasebook, "--lang", "de", "--seed", "1")
+    rng = random.Random("1")
+    texts = [phrasebook.sentence(rng) for _ in range(10)]
+    assert lines == [line for text in texts for line in (text["de"], f"    {text['en']}")]
 
 
 @pytest.mark.skipif(not shutil.which("espeak-ng"), reason="espeak-ng is not installed")

@@ -4,8 +4,11 @@ Each draw picks one meaning (who, what, how many, where, when) and writes it in 
 Spanish and English. Agreement, case, contraction and word order are built in, so the four texts
 are correct and mean the same by construction. Each French, German or Spanish sentence has exactly
 one English sentence: a small model then has a translation to learn, not a choice to guess.
+
+    python tiny/phrasebook.py           print ten French sentences to say, with their translations
 """
 
+import argparse
 import random
 import re
 from typing import NamedTuple
@@ -463,3 +466,20 @@ def phrase(rng: random.Random) -> dict[str, str]:
 def words(lang: str) -> set[str]:
     rng = random.Random(0)
     return {word for _ in range(20000) for word in re.findall(r"\w+", sentence(rng)[lang].lower())}
+
+
+def main():
+    """Print ten sentences of a language, and after each one its English translation."""
+    parser = argparse.ArgumentParser(description="Print ten sentences and their translations.")
+    add = parser.add_argument
+    add("--lang", choices=("fr", "de", "es"), default="fr", help="language of the sentences [fr]")
+    add("--seed", help="the same seed prints the same sentences [new ones in every run]")
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    for _ in range(10):
+        texts = sentence(rng)
+        print(f"{texts[args.lang]}\n    {texts['en']}")
+
+
+if __name__ == "__main__":
+    main()
