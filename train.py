@@ -9,6 +9,7 @@ They write no files and print nothing.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -18,23 +19,37 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data import IGNORE, TEMPLATES, Batch, Batches, Row, describe_overlap, parse_directions
-from llast import LLaST, LLaSTConfig, explain_out_of_memory, pick_device
+from llast import (
+    BASE_FIELDS,
+    LLaST,
+    LLaSTConfig,
+    digests_of,
+    explain_out_of_memory,
+    fingerprints_of,
+    pick_device,
+)
 from lora import merge_lora
 from translate import SearchOptions, describe, metrics, read_splits, score_rows, translate
-from whisper_encoder import WINDOWS
+from whisper_encoder import WINDOWS, check_tensors, read_tensors
 
 HERE = Path(__file__).parent
 ADVICE_TRAINING = "use a smaller --batch and a larger --accumulate, or --recompute all"
 ADVICE_MODELS = "use smaller models (--encoder, --llm)"
+ADVICE_STATE = "delete its folder or choose another one with --out to start again"
 ONE_BEAM = SearchOptions(beams=1)  # for the dev scores, because it is fast
 TINY, WEIGHTS = HERE / "tiny", HERE / "weights"
+STATE = "state.safetensors"  # the file of a run that is not finished, see TrainState
+# These settings may change when a run continues, because they do not change the training.
+FREE_SETTINGS = ("recompute", "beams", "max_failed", "save_minutes")
 
 # ------------------------------------------------------------------------------------------ presets
 
@@ -93,6 +108,9 @@ class Preset:
     # If more than this share of the training clips cannot be read, the training ends: the cause may
     # be a lost disk, not a few broken files. Up to five such clips are always allowed.
     max_failed: float = 0.01
+    # Minutes between two saves of TrainState. A run that is stopped continues from there. The file
+    # has three numbers for each trained parameter, so it should not be written after every step.
+    save_minutes: float = 20.0
 
 
 # The numbers of the paper's systems are those of the original's released configurations
@@ -175,6 +193,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--accumulate", type=int, help="batches in one step of the optimizer")
     add("--recompute", choices=("none", "llm", "all"), help="models with activation checkpointing")
     add("--max-failed", type=float, help="share of clips that may fail to load [0.01]")
+    add("--save-minutes", type=float, help="minutes between two saves of the whole state [20]")
     add("--compile", action="store_true", help="compile each layer; on a CPU it needs g++")
     add("--seed", type=int, default=0, help="random seed [0]")
     return parser
@@ -186,7 +205,7 @@ def with_flags(preset: Preset, args: argparse.Namespace) -> Preset:
     settings = replace(preset, **flags)
     values = asdict(settings) | {"clips": args.clips}
     limits = dict.fromkeys(("epochs", "clips", "batch", "accumulate"), (1, math.inf))
-    limits |= dict.fromkeys(("encoder_rank", "llm_rank"), (0, math.inf))
+    limits |= dict.fromkeys(("encoder_rank", "llm_rank", "save_minutes"), (0, math.inf))
     limits |= dict.fromkeys(("asr", "dropout", "max_failed"), (0, 1)) | {"lr": (1e-9, 1)}
     for name, (low, high) in limits.items():
         if values[name] is not None and not low <= values[name] <= high:
@@ -291,8 +310,74 @@ class Step:
     batches: list[Batch]
 
 
-def train_step(model: LLaST, batches: list[Batch], optimizer, clip_norm: float):
-    """Change the trained weights once.
+class TrainState:
+    """Everything that changes in a training: trained weights, AdamW's averages, number of steps.
+
+    `step` counts the steps that are done. It is also the position in the data, because the batches
+    of an epoch are always the same. The learning rate and the random numbers of a step depend only
+    on its number. So a run that loads this state continues exactly.
+    """
+
+    def __init__(self, model: LLaST, settings: Preset):
+        self.step = 0
+        self.tensors = model.trained()
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        betas, decay = settings.betas, settings.weight_decay
+        self.optimizer = torch.optim.AdamW(
+            trained.values(), betas=betas, weight_decay=decay, fused=True
+        )
+        for name, p in trained.items():
+            # AdamW would make these tensors in its first step.
+            averages = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | averages
+            for key, tensor in self.optimizer.state[p].items():
+                self.tensors[f"{name}.{key}"] = tensor.detach()
+
+    def save(self, file: Path, run: dict):
+        """Write the state, with a description of its run. After a crash, the file is old or new."""
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}
+        metadata = {"run": json.dumps(run | {"step": self.step})}
+        temporary = file.with_name(file.name + ".tmp")
+        save_file(tensors, temporary, metadata | digests_of_state(metadata, tensors))
+        write_to_disk(temporary)
+        os.replace(temporary, file)
+        write_to_disk(file.parent)
+
+    def load(self, file: Path):
+        """Continue from a saved state. Raises ValueError if the file is damaged."""
+        metadata, tensors = read_metadata(file), read_tensors(file)
+        digests = digests_of_state({"run": metadata["run"]}, tensors)
+        if metadata != metadata | digests:
+            raise ValueError(f"{file} has changed since it was written; {ADVICE_STATE}")
+        check_tensors(self.tensors, tensors, file)
+        for name, tensor in self.tensors.items():
+            tensor.copy_(tensors[name])
+        self.step = json.loads(metadata["run"])["step"]
+
+
+def digests_of_state(metadata: dict[str, str], tensors: dict) -> dict[str, str]:
+    """SHA-256 of the metadata, and of the names and values of the tensors."""
+    return digests_of({"config": metadata, "fingerprints": {}}, tensors)
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The metadata of a state. It is at the beginning of the file, so this is fast."""
+    try:
+        with safe_open(file, "pt") as stored:
+            return {"run": "{}"} | stored.metadata()
+    except Exception as error:  # safetensors raises several types for a damaged file
+        raise ValueError(f"{file} is damaged: {error!r}; {ADVICE_STATE}") from error
+
+
+def write_to_disk(path: Path):
+    """Wait until the disk has this file or the names in this folder, in case the power fails."""
+    number = os.open(path, os.O_RDONLY)
+    os.fsync(number)
+    os.close(number)
+
+
+def compute_gradient(model: LLaST, batches: list[Batch], clip_norm: float):
+    """Compute the gradient of one step, and scale it down if its norm is more than clip_norm.
 
     Returns the losses of all answer tokens, on the CPU, and the norm of the gradient before
     clipping.
@@ -303,6 +388,7 @@ def train_step(model: LLaST, batches: list[Batch], optimizer, clip_norm: float):
     token of the second batch would count as much as the four tokens of the first together.
     """
     n_tokens = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
+    model.zero_grad(set_to_none=True)
     step_losses = []
     for batch in batches:
         size = f"{len(batch.audio)} rows of {max(batch.positions)} positions"
@@ -318,42 +404,54 @@ def train_step(model: LLaST, batches: list[Batch], optimizer, clip_norm: float):
     if not math.isfinite(grad_norm):  # this step would make the weights NaN
         problem = f"the loss is {losses.mean():.4g} and its gradient has length {grad_norm:.4g}"
         raise ValueError(f"{problem}, so this step was not done; try a smaller --lr")
-    with explain_out_of_memory("in a step of the optimizer", ADVICE_MODELS):
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
     return losses, grad_norm
 
 
-def train_epochs(model: LLaST, batches: Batches, settings, after_step=None, after_epoch=None):
+def train_epochs(
+    model: LLaST, batches: Batches, settings, after_step=None, after_epoch=None, state=None
+):
     """Train the model in place: every epoch is one pass over the examples of `batches`.
 
     It writes no file and prints nothing. It calls after_step(Step) after each step and
-    after_epoch(number) after each epoch, unless they are None. Raises ValueError if a gradient is
-    not finite, or if too many clips cannot be read.
+    after_epoch(number) after each epoch, unless they are None. If `state` is the TrainState of an
+    earlier run, only the rest of that run is done. Raises ValueError if a gradient is not finite,
+    or if too many clips cannot be read.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decay = settings.weight_decay
-    optimizer = torch.optim.AdamW(trained, betas=settings.betas, weight_decay=decay, fused=True)
-    # The learning rate depends on the number of all steps.
+    state = state or TrainState(model, settings)
     sizes = [len(batches.groups(epoch)) for epoch in range(settings.epochs)]
-    number, n_steps = 0, sum(math.ceil(size / settings.accumulate) for size in sizes)
+    # The number of the last step of each epoch. The learning rate depends on the last of them.
+    ends = list(accumulate(math.ceil(size / settings.accumulate) for size in sizes))
     n_clips = len({row.path for row in batches.rows})
     empty_steps = 0  # steps in a row without a clip that can be read
-    for epoch in range(settings.epochs):
+    for epoch, (start, end) in enumerate(zip([0, *ends], ends)):
+        if state.step > end:
+            continue  # an earlier run has done this epoch
         model.train()
-        steps = load_steps(batches, epoch, settings.accumulate, model.device)
+        position = state.step - start  # steps of this epoch that are done
+        steps = load_steps(batches, epoch, settings.accumulate, position, model.device)
         for step_batches in prefetch(steps, in_thread=model.device.type == "cuda"):
-            number += 1
+            number = state.step + 1
             empty_steps = 0 if step_batches else empty_steps + 1
             check_failures(batches.skipped, n_clips, empty_steps, settings.max_failed)
             if not step_batches:
+                state.step = number
                 continue
-            lr = optimizer.param_groups[0]["lr"] = learning_rate(number, n_steps, settings)
-            losses, grad_norm = train_step(model, step_batches, optimizer, settings.clip_norm)
+            lr = learning_rate(number, ends[-1], settings)
+            torch.manual_seed(random_seed(batches.seed, number))  # for dropout
+            losses, grad_norm = compute_gradient(model, step_batches, settings.clip_norm)
+            with explain_out_of_memory("in a step of the optimizer", ADVICE_MODELS):
+                state.optimizer.param_groups[0]["lr"] = lr
+                state.optimizer.step()
+            state.step = number
             if after_step:
-                after_step(Step(number, n_steps, epoch + 1, lr, grad_norm, losses, step_batches))
+                after_step(Step(number, ends[-1], epoch + 1, lr, grad_norm, losses, step_batches))
         if after_epoch:
             after_epoch(epoch + 1)
+
+
+def random_seed(seed: int, number: int, rank: int = 0) -> int:
+    """The seed of a step. It is different for every step and for every process (`rank`)."""
+    return random.Random(f"step {seed} {number} {rank}").getrandbits(63)
 
 
 def learning_rate(number: int, n_steps: int, settings: Preset) -> float:
@@ -369,11 +467,16 @@ def learning_rate(number: int, n_steps: int, settings: Preset) -> float:
     return settings.lr * min(number / warmup, share_left)
 
 
-def load_steps(batches: Batches, epoch: int, accumulate: int, device) -> Iterator[list[Batch]]:
-    """Yield the batches of each step of an epoch, without the clips that cannot be read."""
+def load_steps(
+    batches: Batches, epoch: int, size: int, n_done: int, device
+) -> Iterator[list[Batch]]:
+    """Yield the batches of each step of an epoch, without the clips that cannot be read.
+
+    A step has `size` batches. The first n_done steps of the epoch are left out.
+    """
     groups = batches.groups(epoch)
-    for start in range(0, len(groups), accumulate):
-        loaded = [batches.load(group) for group in groups[start : start + accumulate]]
+    for start in range(n_done * size, len(groups), size):
+        loaded = [batches.load(group) for group in groups[start : start + size]]
         yield [to_device(batch, device) for batch in loaded if batch is not None]
 
 
@@ -430,25 +533,31 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or HERE / "runs" / settings.lang.replace(",", "-")
     check_folders(settings, out)
     splits = read_corpora(settings, args.clips)
-    # Loading the models can take minutes. Report a disk that cannot be written before that.
-    start_files(args, settings, out)
-    model = load_model(settings, args)
+    # Loading the models can take minutes. Before that, report a disk that cannot be written, and a
+    # saved state of another run.
+    description = describe_run(args, settings, splits["train"])
+    start_files(args, settings, out, description)
+    model = load_model(settings, args, description)
     batches = make_batches(model, splits["train"], settings, args.seed)
     # asr=0.0: the dev loss is the loss of translation.
     dev = make_batches(model, splits["dev"], replace(settings, asr=0.0), args.seed)
     print_corpora(splits, batches, dev)
-    report = Report(model, dev, settings, out)
+    state = TrainState(model, settings)
+    if (out / STATE).exists():
+        state.load(out / STATE)
+        print(f"\ncontinuing after step {state.step}")
+    report = Report(model, dev, settings, out, state, description)
     try:
         with report.bar:
-            train_epochs(model, batches, settings, report.after_step, report.after_epoch)
+            train_epochs(model, batches, settings, report.after_step, report.after_epoch, state)
         for path, reason in (batches.skipped | dev.skipped).items():
             print(f"left out, because it cannot be read: {path}: {reason}")
         finish(model, splits["test"], settings, out, start_time)
     except ValueError as error:
         raise ValueError(f"{error}\n{saved_in(out)}") from error
     except KeyboardInterrupt:
-        if report.n_done:
-            model.save_pretrained(out)  # with the steps since the last epoch
+        if state.step:
+            report.save()  # with the steps since the last epoch
         print(f"\nstopped by Ctrl-C. {saved_in(out)}", file=sys.stderr)
         return 130
     return 0
@@ -466,27 +575,68 @@ def check_folders(settings: Preset, out: Path):
             hint = f"; get it with\n    {download_command(base)}" if base.name in DOWNLOADS else ""
             raise FileNotFoundError(f"{short(base)} does not exist{hint}")
     files = [path.name for path in out.glob("*")]
-    if out.is_file() or "llast.json" in files or (files and "run.json" not in files):
-        problem = "already has a model" if "llast.json" in files else "is not an empty folder"
+    is_finished = "llast.json" in files and STATE not in files
+    if out.is_file() or is_finished or (files and "run.json" not in files):
+        problem = "already has a model" if is_finished else "is not an empty folder"
         raise ValueError(f"{out} {problem}; choose another folder with --out")
 
 
-def start_files(args: argparse.Namespace, settings: Preset, out: Path):
-    """Write run.json and an empty log.jsonl. Raises OSError if the folder cannot be written."""
+def describe_run(args: argparse.Namespace, settings: Preset, rows: list[Row]) -> dict:
+    """What must be the same when a run continues: settings, base models and training rows.
+
+    Base models and rows are described by SHA-256. Their folders may be moved.
+    """
+    values = asdict(settings) | {"clips": args.clips, "seed": args.seed, "compile": args.compile}
+    digest = hashlib.sha256()
+    for row in rows:
+        path = row.path.relative_to(settings.data).as_posix()
+        digest.update(ascii((path, *list(vars(row).values())[1:])).encode())
+    values |= fingerprints_of(model_config(settings)) | {"data": digest.hexdigest()}
+    return {name: value for name, value in values.items() if name not in FREE_SETTINGS}
+
+
+def start_files(args: argparse.Namespace, settings: Preset, out: Path, description: dict):
+    """Write run.json and an empty log.jsonl, or prepare the files of a stopped run to continue.
+
+    Raises OSError if the folder cannot be written, and ValueError if the stopped run was another.
+    """
     values = {name: getattr(args, name) for name in ("preset", "clips", "seed", "compile")}
     values = json.dumps(values | asdict(settings), default=lambda p: str(p.absolute()), indent=2)
     out.mkdir(parents=True, exist_ok=True)
+    step, log = 0, out / "log.jsonl"
+    if (out / STATE).exists():
+        saved = json.loads(read_metadata(out / STATE)["run"])
+        step = saved.pop("step")
+        now = json.loads(json.dumps(description))  # JSON stores tuples as lists
+        if other := [k for k in saved | now if saved.get(k) != now.get(k)]:
+            text = ", ".join(
+                f"{k} {saved.get(k)!s:.12} before, {now.get(k)!s:.12} now" for k in other
+            )
+            advice = "use the same ones to continue, or choose another folder with --out"
+            raise ValueError(f"{out} has a run with other settings: {text}; {advice}")
     (out / "run.json").write_text(values + "\n")
-    (out / "log.jsonl").write_text("")
+    lines = log.read_text().splitlines(keepends=True) if step else []
+    # TODO: the line of a killed run may be incomplete
+    log.write_text("".join(line for line in lines if keep_line(json.loads(line), step)))
 
 
-def load_model(settings: Preset, args: argparse.Namespace) -> LLaST:
+def keep_line(line: dict, step: int) -> bool:
+    """Whether a line of the log stays when a run continues after `step`.
+
+    The lines of later steps are written again. The dev scores of an epoch that ends with this step
+    are computed again.
+    """
+    return line["step"] < step or line["step"] == step and "loss" in line
+
+
+def load_model(settings: Preset, args: argparse.Namespace, fingerprints: dict) -> LLaST:
     """A new model, on the GPU if there is one. Also prints its parameter counts."""
     torch.manual_seed(args.seed)
     device, dtype, reason = pick_device()
     print(f"{short(settings.encoder)}, {short(settings.llm)}, {short(settings.data)}; {reason}")
+    fingerprints = {name: fingerprints[name] for name in BASE_FIELDS}
     with explain_out_of_memory("while loading the models", ADVICE_MODELS):
-        model = LLaST.fresh(model_config(settings), dtype, device)
+        model = LLaST.fresh(model_config(settings), dtype, device, fingerprints)
     model.speech_encoder.recompute = settings.recompute == "all"
     model.llm.recompute = settings.recompute != "none"
     if args.compile:
@@ -522,31 +672,46 @@ class Report:
     print dev scores.
     """
 
-    def __init__(self, model: LLaST, dev: Batches, settings: Preset, out: Path):
-        self.model, self.dev, self.epochs, self.out = model, dev, settings.epochs, out
-        self.start_time = self.step_start = time.perf_counter()
-        self.n_done, self.log_works = 0, True
+    def __init__(self, model: LLaST, dev: Batches, settings: Preset, out: Path, state, description):
+        self.model, self.dev, self.settings, self.out = model, dev, settings, out
+        self.state, self.description = state, description
+        self.start_time = self.step_start = self.last_save = time.perf_counter()
+        self.log_works = True
         # disable=None: no progress bar if stderr is not a terminal
-        self.bar = tqdm(unit="step", leave=False, dynamic_ncols=True, disable=None)
+        options = dict(unit="step", leave=False, dynamic_ncols=True, disable=None)
+        self.bar = tqdm(initial=state.step, **options)
 
     def after_step(self, step: Step):
         loss, now = step.losses.mean().item(), time.perf_counter()
         n_clips = sum(len(batch.audio) for batch in step.batches)
         rate, self.step_start = n_clips / (now - self.step_start), now
-        self.n_done, self.bar.total = step.number, step.n_steps
+        self.bar.total = step.n_steps
         self.bar.update()
         self.bar.set_postfix_str(f"loss {loss:.3f}, lr {step.lr:.1e}, {rate:.1f} clips/s")
         line = {"step": step.number, "epoch": step.epoch, "loss": round(loss, 5), "lr": step.lr}
         line |= {"grad_norm": round(step.grad_norm, 4), "seconds": round(now - self.start_time, 2)}
         self.log(line | {"clips": n_clips, "clips_per_second": round(rate, 1)})
+        if now - self.last_save >= 60 * self.settings.save_minutes:
+            self.save_state()
+
+    def save_state(self):
+        self.state.save(self.out / STATE, self.description)
+        self.last_save = time.perf_counter()
+
+    def save(self):
+        """Save the state, and then the model. While there is a state, the model is not the last."""
+        self.save_state()
+        self.model.save_pretrained(self.out)
+        for name in ("llast.safetensors", "llast.json", "."):
+            write_to_disk(self.out / name)
 
     def after_epoch(self, epoch: int):
-        self.model.save_pretrained(self.out)
+        self.save()
         with explain_out_of_memory("on the dev clips", ADVICE_TRAINING):
             scores = dev_scores(self.model, self.dev)
-            self.log({"step": self.n_done, "epoch": epoch} | scores)
+            self.log({"step": self.state.step, "epoch": epoch} | scores)
             text = ", ".join(f"{name.replace('_', ' ')} {n}" for name, n in scores.items())
-            tqdm.write(f"epoch {epoch} of {self.epochs}: {text} (one beam)")
+            tqdm.write(f"epoch {epoch} of {self.settings.epochs}: {text} (one beam)")
             print_samples(self.model, self.dev.rows)
         self.step_start = time.perf_counter()  # the next step did not begin before
 
@@ -572,6 +737,7 @@ def finish(model: LLaST, rows: list[Row], settings: Preset, out: Path, start_tim
         print(f"test {describe(direction, results[direction])}")
     results["seconds"] = seconds = round(time.time() - start_time, 1)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (out / STATE).unlink()  # from now on, the run is finished
     print(f"\n{seconds:.0f} s in all. The model and its scores are in {short(out)}. Try:")
     # The example is a clip of the last direction.
     print(f"    python translate.py --model {short(out)} --lang {direction} {short(group[0].path)}")

@@ -24,7 +24,7 @@ import train
 import whisper_encoder
 from data import read_corpus
 from llast import LLaST
-from train import PRESETS, learning_rate, make_batches, model_config, train_epochs, train_step
+from train import PRESETS, compute_gradient, learning_rate, make_batches, model_config, train_epochs
 from translate import SearchOptions, translate
 
 ROOT = Path(__file__).parents[1]
@@ -226,16 +226,15 @@ def test_the_loss_falls(toy):
 def test_two_batches_of_a_step_give_the_gradient_of_one_large_batch(toy):
     settings, rows = toy
     examples = [data.Example(row, "st") for row in rows]
-    weights, losses = [], []
+    gradients, losses = [], []
     for groups in ([examples[:5], examples[5:]], [examples]):
         model, batches = new_model(settings, rows)
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1.0)
-        found, norm = train_step(model, [batches.load(group) for group in groups], optimizer, 1e9)
-        weights.append(model.trained())
+        found, norm = compute_gradient(model, [batches.load(group) for group in groups], 1e9)
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
         losses.append(found)
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
-    for name, tensor in weights[0].items():
-        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=1e-5, msg=name)
+    for name, tensor in gradients[0].items():
+        torch.testing.assert_close(tensor, gradients[1][name], rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_the_settings_reach_the_optimizer_and_the_clipping(toy, monkeypatch):
@@ -610,3 +609,41 @@ def test_compiled_layers_give_the_same_gradients_and_translations(toy, monkeypat
     for gradient, other in zip(gradients, others, strict=True):
         assert gradient.any() and (gradient - other).norm() <= 1e-4 * gradient.norm()
     assert [result.text for result in texts] == [result.text for result in same_texts]
+
+
+# ------------------------------------------------------------------------------- stop and continue
+
+
+def files_of(out):
+    """What a run wrote, without times: the log, the weights and the test translations."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    times = ("seconds", "clips_per_second")
+    log = [{k: v for k, v in line.items() if k not in times} for line in lines]
+    return log, load_file(out / "llast.safetensors"), (out / "test.fr-en.tsv").read_text()
+
+
+def stop_at(monkeypatch, number, error=KeyboardInterrupt):
+    """Stop after the optimizer has done `number` steps in this process."""
+    log, n_calls = train.Report.after_step, []
+
+    def after_step(report, step):
+        log(report, step)
+        n_calls.append(step.number)
+        if len(n_calls) == number:
+            raise error
+
+    monkeypatch.setattr(train.Report, "after_step", after_step)
+
+
+def test_a_stopped_run_continues_exactly(monkeypatch, corpus, tmp_path):
+    flags = "--dropout", 0.1, "--accumulate", 2, "--epochs", 2, "--batch", 300
+    assert run(monkeypatch, *flags_for(corpus, tmp_path / "whole", *flags)) == 0
+    out = tmp_path / "stopped"
+    for number in (2, 5, 3):
+        with monkeypatch.context() as patch:
+            stop_at(patch, number)
+            assert run(patch, *flags_for(corpus, out, *flags)) == 130
+    assert run(monkeypatch, *flags_for(corpus, out, *flags)) == 0
+    (log, weights, table), (log2, weights2, table2) = files_of(tmp_path / "whole"), files_of(out)
+    assert log == log2 and table == table2
+    assert all(torch.equal(weights[name], weights2[name]) for name in weights)
