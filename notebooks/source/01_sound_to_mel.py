@@ -44,7 +44,7 @@ torch.set_num_threads(1)  # for such small tensors, more threads are not faster
 # clip.
 
 # %%
-row = read_corpus(CORPUS, "fr", "en")[0]["test"][1]
+row = read_corpus(CORPUS, "fr", "en")[0]["test"][7]
 audio = load_audio(row.path)  # (N,)
 print(row.sentence)
 print(
@@ -60,8 +60,8 @@ play(audio)
 # **Predict, then run.** How many mel frames and how many states does this clip have?
 
 # %% tags=["guess"]
-n_frames_guess = 250  # ← your guess
-n_states_guess = 125  # ← your guess
+n_frames_guess = 147  # ← your guess
+n_states_guess = 74  # ← your guess
 
 # %%
 n_frames = clip_to_mel(audio, 80, "clip").shape[1]
@@ -185,8 +185,9 @@ right.set(xlabel="frequency (Hz)", ylabel="power (dB)", title="its waves")
 plt.show()
 
 # %% [markdown]
-# The regular peaks on the right are the voice: the fundamental frequency and its
-# multiples. The large hills are the vowel: the mouth makes some frequencies louder.
+# The regular peaks on the right are the voice: its fundamental frequency and the multiples
+# of it. The wide hills over several peaks are the vowel: the mouth makes some frequencies
+# louder than others.
 #
 # **Exercise 2 (5 minutes).** Four questions about range and resolution. Two of the
 # numbers stand above, two you compute. A wave needs at least two samples per period. A
@@ -442,9 +443,9 @@ reveal("waveform", waveform_change, change_in_percent(padded, later))
 reveal("log-mel", mel_change, change_in_percent(theirs, log_mel_spectrogram(later, 80)))
 
 # %% [markdown]
-# The power of a wave does not say *when* its peaks come (its phase). So the log-mel
-# hardly notices the move, and the encoder need not learn that both clips are the same
-# sentence.
+# The power of a wave does not say *when* its peaks come (its phase). So the log-mel changes
+# much less than the waveform. The encoder does not have to learn that both clips are the
+# same sentence.
 #
 # What else is lost? Listen. This cell makes a sound from the log-mel only: it undoes the
 # logarithm and the mel bins, starts with random phases, and improves them until they fit
@@ -492,17 +493,16 @@ play(every_third)
 play(resampled)
 
 # %% [markdown]
-# On the left the tone falls again: it is *folded*. The model would hear a tone that
-# nobody made. `resample` first removes everything above the new limit.
+# On the left the tone falls at 0.8 s and rises again at 1.6 s: it is *folded* (aliasing).
+# The model would hear a tone that nobody made. `resample` first removes everything above the new limit.
 #
 # A second lie: the samples are right, but the header of the file says 8,000 per second.
 # Listen, and predict what happens to the number of states.
 
 # %%
 slow = resample(audio, 8_000, 16_000)  # what load_audio would do with this header
-print(
-    f"states: {n_states(len(audio))} with the right rate, {n_states(len(slow))} with this"
-)
+print("states with the right rate:", n_states(len(audio)))
+print("states with the wrong rate:", n_states(len(slow)))
 play(slow)
 
 # %% [markdown]
