@@ -2,8 +2,9 @@
 
     python tiny/make_llm.py
 
-It plays the part of Llama-2-chat: it follows the two instructions of data.prompt_for, with written
-text where LLaST will put speech. It never sees audio, nor a dev or test sentence.
+It takes the place of Llama-2-chat. It follows the two instructions of data.prompt_for, with written
+text at the place where LLaST puts speech. It is trained on text only: no audio and no states of an
+encoder. No dev or test sentence is in these texts.
 """
 
 import argparse
@@ -48,17 +49,17 @@ CONFIG = {
     "eos_token_id": 2,
     "torch_dtype": "float16",
 }
-# Two legs: steps, rows in a step, peak learning rate, share of short phrases at the start, share of
-# worn sources, and how many fillers may stand between two pieces of those. Speech has many states
-# to a word: the second leg makes the LLM used to text as far apart as that.
-LEGS = (
+# Two stages: steps, rows in a step, highest learning rate, share of short phrases at the start,
+# share of damaged source texts, and the possible numbers of fillers between two tokens of these.
+# A word of speech has many states. So in the second stage the tokens of a text are far apart, too.
+STAGES = (
     (2500, 64, 2e-3, 1.0, 0.5, (0, 0, 0, 1, 2)),
     (800, 32, 6e-4, 0.1, 0.75, tuple(range(15))),
 )
 
 
 def make_tokenizer():
-    """Byte-pair pieces over the phrasebook's words, with bytes for everything else, as Llama's."""
+    """Train byte-pair tokens on phrasebook texts. As in Llama, other characters become bytes."""
     rng, held = random.Random(SEED), held_out_texts()
     texts = [text for _ in range(20_000) for text in phrasebook.sentence(rng).values()]
     texts = [text for text in texts if text not in held]
@@ -86,25 +87,27 @@ def make_tokenizer():
 
 
 class Texts:
-    """Training rows, drawn without end."""
+    """Random training rows."""
 
     def __init__(self, tokenizer: Tokenizer, seed: str):
         self.tokenizer, self.rng, self.held = tokenizer, random.Random(seed), held_out_texts()
         self.filler = tokenizer.pieces.piece_to_id("▁")
 
     def meaning(self, share_of_phrases: float) -> dict[str, str]:
-        """Short pieces first: without them the model learns grammar but no translation."""
+        """A sentence or a short phrase.
+
+        Without phrases at the start, a trial model learned the grammar, but not to translate.
+        """
         while True:
             short = self.rng.random() < share_of_phrases
             meaning = phrasebook.phrase(self.rng) if short else phrasebook.sentence(self.rng)
             if self.held.isdisjoint(meaning.values()):
                 return meaning
 
-    def worn(self, ids: list[int], gaps: tuple[int, ...]) -> list[int]:
-        """Text as a bad line gives it: pieces repeated, spaced out, sometimes wrong or lost.
+    def damage(self, ids: list[int], gaps: tuple[int, ...]) -> list[int]:
+        """Repeat tokens, put fillers between them, replace some and leave out some.
 
-        A large LLM understands such text; a small one must have met it, or speech that is a little
-        unclear is nothing to it.
+        A large LLM can read such text anyway. A small one must have seen it in training.
         """
         out = []
         for i in ids:
@@ -117,7 +120,7 @@ class Texts:
             out += [self.filler] * self.rng.choice(gaps)
         return out
 
-    def row(self, phrases: float, worn: float, gaps) -> tuple[list[int], list[int]]:
+    def row(self, phrases: float, damaged: float, gaps) -> tuple[list[int], list[int]]:
         """Ids and labels of one row: 3/4 translation, 1/8 repetition, 1/8 plain text."""
         meaning, encode = self.meaning(phrases), self.tokenizer.encode
         kind = self.rng.random()
@@ -133,8 +136,8 @@ class Texts:
         else:
             task, source, target = "st", foreign, "en"
         text = encode(meaning[source])
-        if self.rng.random() < worn:
-            text = self.worn(text, gaps)
+        if self.rng.random() < damaged:
+            text = self.damage(text, gaps)
         prompt = []
         for i in prompt_ids(prompt_for(task, source, target), self.tokenizer):
             prompt += text if i == AUDIO_ID else [i]
@@ -175,16 +178,16 @@ def new_llama() -> Llama:
     return model
 
 
-def train_leg(leg: int, model: Llama, tokenizer: Tokenizer):
-    steps, n_rows, lr, phrases, worn, gaps = LEGS[leg]
+def train_stage(stage: int, model: Llama, tokenizer: Tokenizer):
+    steps, n_rows, lr, phrases, damaged, gaps = STAGES[stage]
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 100, 1) * max(0.01, 1 - step / steps)
     )
-    texts, start = Texts(tokenizer, f"{SEED} {leg}"), time.time()
+    texts, start = Texts(tokenizer, f"{SEED} {stage}"), time.time()
     for step in range(1, steps + 1):
         share = max(0.1, phrases * (1 - 2 * step / steps))
-        rows = [texts.row(share, worn, gaps) for _ in range(n_rows)]
+        rows = [texts.row(share, damaged, gaps) for _ in range(n_rows)]
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of(model, rows)
         loss.backward()
@@ -194,9 +197,12 @@ def train_leg(leg: int, model: Llama, tokenizer: Tokenizer):
         schedule.step()
         if step % 200 == 0:
             seconds = time.time() - start
-            print(f"leg {leg} step {step} loss {loss.item():.3f} seconds {seconds:.0f}", flush=True)
+            print(
+                f"stage {stage} step {step} loss {loss.item():.3f} seconds {seconds:.0f}",
+                flush=True,
+            )
     shares = {source: exact_share(model, tokenizer, source) for source in ("fr", "de", "es")}
-    print(f"leg {leg}: exact text translations of unseen sentences {shares}", flush=True)
+    print(f"stage {stage}: exact text translations of unseen sentences {shares}", flush=True)
     weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, FOLDER / "model.safetensors", metadata={"format": "pt"})
 
@@ -205,8 +211,8 @@ def main():
     torch.manual_seed(SEED)
     make_tokenizer()
     tokenizer, model = Tokenizer(FOLDER), new_llama()
-    for leg in range(len(LEGS)):
-        train_leg(leg, model, tokenizer)
+    for stage in range(len(STAGES)):
+        train_stage(stage, model, tokenizer)
 
 
 if __name__ == "__main__":
