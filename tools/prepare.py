@@ -1,4 +1,4 @@
-"""Prepare a corpus for train.py: CoVoST-2, FLEURS, or a table of your own.
+"""Prepare a corpus for train.py: CoVoST-2, FLEURS, voice prompts, or a table of your own.
 
     find tables -> read rows -> check rows -> convert clips -> write the table -> report
 
@@ -8,6 +8,7 @@ started again.
 
 import argparse
 import csv
+import gzip
 import hashlib
 import io
 import json
@@ -18,6 +19,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 
 import soundfile
@@ -53,6 +55,8 @@ REASONS = {  # start of an AudioError's reason -> reason in the report; else "un
 PLAIN = {"quoting": csv.QUOTE_NONE}  # a quotation mark is a character like any other
 ESCAPED = PLAIN | {"escapechar": "\\"}  # as CoVoST-2's get_covost_splits.py reads its tables
 UNUSED_SPLITS = ("dev_covost", "test_covost")  # CoVoST-2's own script does not use them either
+N_TEST, N_DEV = 100, 50  # voice prompts in test and in dev; the others are in train
+MIN_PROMPT_SECONDS = 0.3
 PART = ".part"  # ends the name of a file that is not complete yet
 
 
@@ -91,9 +95,9 @@ class Entries:
 # an error if they do not exist. read_... reads the tables.
 
 
-def existing(path: Path, name: str) -> Path:
+def existing(path: Path, name: str, advice: str = "check the path") -> Path:
     if not path.exists():
-        raise FileNotFoundError(f"no {name}: {path} does not exist; check the path")
+        raise FileNotFoundError(f"no {name}: {path} does not exist; {advice}")
     return path
 
 
@@ -164,6 +168,95 @@ def read_fleurs(args: argparse.Namespace, source: str, tables: list[Path]) -> En
     return entries
 
 
+def prompts_of(args: argparse.Namespace, language: str) -> Path:
+    return args.share / "asterisk" / "sounds" / language
+
+
+def find_voice_prompts(
+    args: argparse.Namespace, source: str, target: str
+) -> tuple[Path, list[Path]]:
+    """The folder of the prompts, and the texts of both languages, as Debian installs them."""
+    tables = []
+    for code in (source, target):
+        package = f"asterisk-core-sounds-{code}"
+        table = args.share / "doc" / package / f"core-sounds-{code}.txt.gz"
+        tables.append(existing(table, f"texts of {code}", f"apt-get install {package}"))
+    audio = prompts_of(args, source)
+    if not any(audio.glob("*.wav")):
+        raise FileNotFoundError(
+            f"no prompts of {source}: {audio} has no .wav file; "
+            f"apt-get install asterisk-core-sounds-{source}-wav"
+        )
+    return audio, tables
+
+
+def read_voice_prompts(args: argparse.Namespace, source: str, tables: list[Path]) -> Entries:
+    """Join the texts of two languages: a prompt has the same name in every language."""
+    audio, entries, prompts = prompts_of(args, source), Entries(), {}
+    spoken, translated = map(read_prompt_texts, tables)
+    for name, (place, sentence) in spoken.items():
+        _, translation = translated.get(name, ("", ""))
+        if problem := prompt_problem(audio / f"{name}.wav", sentence, translation):
+            entries.leave_out(problem, f"{place}: {name}: {sentence}")
+        else:
+            prompts[name] = place, f"{name}.wav", sentence, translation
+    names = {path.removesuffix(".wav") for path in list_files(audio) if path.endswith(".wav")}
+    for name in sorted(names - set(spoken)):
+        entries.leave_out(f"not in {tables[0].name}", f"{audio}: {name}")
+    english = spoken if source == "en" else translated
+    for name, split in draw_prompt_splits({name: english[name][1] for name in prompts}).items():
+        entries.add(Entry(*prompts[name], split))
+    return entries
+
+
+def read_prompt_texts(table: Path) -> dict[str, tuple[str, str]]:
+    """{name of a prompt: (place, text)}. A line is "name: text" or a comment after a semicolon."""
+    try:
+        lines = gzip.decompress(table.read_bytes()).decode("utf-8-sig").splitlines()
+    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{table} cannot be read ({error}); install its package again") from error
+    texts = {}
+    for number, line in enumerate(lines, start=1):
+        name, colon, text = line.partition(":")
+        if colon and not line.startswith(";"):
+            texts.setdefault(name.strip(), (f"{table}:{number}", text.strip()))
+    return texts
+
+
+def prompt_problem(clip: Path, sentence: str, translation: str) -> str:
+    """The reason why a prompt is left out; "" if it is usable. It may have no transcript."""
+    if is_blank(translation):
+        return "no translation"
+    if re.search(r"[][(){}<>]", sentence + translation):
+        return "text in brackets"  # a noise or a note, for example "[beep]" or "Pour (emphase)"
+    try:
+        seconds = audio_seconds(clip)
+    except AudioError as error:
+        return "missing" if error.reason.startswith("no such file") else "undecodable"
+    if seconds < MIN_PROMPT_SECONDS:
+        return f"shorter than {MIN_PROMPT_SECONDS} s"
+    return "too long" if seconds > MAX_SECONDS else ""
+
+
+def draw_prompt_splits(english: dict[str, str]) -> dict[str, str]:
+    """The split of each prompt. Prompts with the same English words are in the same split.
+
+    The hash of the English words gives the order: first test, then dev, then train. The order is
+    the same for all languages. So the test prompts of one language are in test or in dev of
+    another one, and a model can be trained on several languages.
+    """
+
+    def order(name: str) -> str:
+        words = " ".join(re.findall(r"\w+", english[name].casefold()))
+        return hashlib.sha256(words.encode()).hexdigest()
+
+    splits = {}
+    for _, group in groupby(sorted(english, key=order), key=order):
+        is_test, is_dev = len(splits) < N_TEST, len(splits) < N_TEST + N_DEV
+        splits |= dict.fromkeys(group, "test" if is_test else "dev" if is_dev else "train")
+    return splits
+
+
 def find_own_table(args: argparse.Namespace, source: str, target: str) -> tuple[Path, list[Path]]:
     return existing(args.audio, "folder --audio"), [existing(args.table, "table --table")]
 
@@ -212,6 +305,7 @@ def check_drawn_splits(table: Path, entries: Entries):
 CORPORA = {
     "covost2": (find_covost2, read_covost2),
     "fleurs": (find_fleurs, read_fleurs),
+    "voice-prompts": (find_voice_prompts, read_voice_prompts),
     "table": (find_own_table, read_own_table),
 }
 
@@ -480,6 +574,7 @@ EXAMPLES = """
 examples:
   python tools/prepare.py covost2 --common-voice cv-corpus-4 --covost covost --lang fr,de --out C
   python tools/prepare.py fleurs --fleurs fleurs --lang fr --out F
+  python tools/prepare.py voice-prompts --lang fr --out V
   python tools/prepare.py table --table mine.tsv --audio recordings --lang cy --out M
 
 Each can be stopped with Ctrl-C and continues when it is started again. Then train with
@@ -499,12 +594,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--covost", help="folder with the unpacked covost_v2.fr_en.tsv and so on", **needed)
     fleurs = corpora.add_parser("fleurs", help="FLEURS, joined by the ids of its sentences")
     fleurs.add_argument("--fleurs", help="folder with fr_fr/train.tsv, fr_fr/audio/train", **needed)
+    prompts = corpora.add_parser("voice-prompts", help="prompts of the telephone system Asterisk")
+    share = "where Debian installs asterisk-core-sounds-fr, -fr-wav and -en [/usr/share]"
+    prompts.add_argument("--share", type=Path, default="/usr/share", metavar="PATH", help=share)
     table = corpora.add_parser("table", help="a table and recordings of your own")
     columns = "tab-separated: path, translation; optional sentence, lang, split (without it, "
     columns += "1 clip of 20 is drawn for dev and 1 for test)"
     table.add_argument("--table", help=columns, **needed)
     table.add_argument("--audio", help="folder of its clips", **needed)
-    for corpus in (covost2, fleurs, table):
+    for corpus in (covost2, fleurs, prompts, table):
         add = corpus.add_argument
         add("--lang", required=True, help="directions: fr (into English), fr,de, en-de, all, paper")
         add("--out", help="folder to write", **needed)

@@ -1,5 +1,6 @@
 """tools/prepare.py: Common Voice with CoVoST-2, FLEURS and tables of your own become a corpus."""
 
+import gzip
 import json
 import os
 import re
@@ -427,6 +428,90 @@ def test_every_language_has_a_folder_in_fleurs():
     for code, folder in command.FLEURS.items():
         assert folder.startswith(code[:2]) or code == "zh-CN"
     assert set(command.FLEURS) == set(data.LANGUAGES)
+
+
+# ----------------------------------------------------------------------------------- voice prompts
+
+
+def write_prompts(share: Path, language: str, texts: str, clips: dict[str, float]):
+    """Write the files that Debian's packages of a language install. Clips are 8 kHz, as there."""
+    file = share / "doc" / f"asterisk-core-sounds-{language}" / f"core-sounds-{language}.txt.gz"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(gzip.compress(texts.encode()))
+    for name, seconds in clips.items():
+        write_clip(share / "asterisk" / "sounds" / language / f"{name}.wav", seconds, rate=8000)
+
+
+def prompt_flags(folder: Path, language: str = "fr") -> tuple:
+    return ("voice-prompts", "--share", folder / "share", "--lang", language,
+            "--out", folder / "out")  # fmt: skip
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """160 French and 154 Spanish prompts. Two prompts each have the same English text."""
+    english = "".join(f"n/{i}: Say {i // 2}.\n" for i in range(160))
+    for language, word, n in (("fr", "dites", 160), ("es", "diga", 154)):
+        texts = "".join(f"n/{i}: {word} {i}\n" for i in range(n))
+        write_prompts(tmp_path / "share", language, texts, {f"n/{i}": 0.3 for i in range(n)})
+        write_clip(tmp_path / "share" / "asterisk" / "sounds" / language / "on.wav", 0.3)
+    write_prompts(tmp_path / "share", "en", english, {})
+    return tmp_path
+
+
+def test_prompts_with_the_same_english_text_are_in_one_split(prompts):
+    translations = {}
+    for language in ("fr", "es"):
+        assert prepare(*prompt_flags(prompts, language)) == 0
+        splits, _ = data.read_corpus(prompts / "out", language, "en")
+        assert [len(splits[split]) for split in ("test", "dev")] == [100, 50]
+        translations[language] = {s: {r.translation for r in rows} for s, rows in splits.items()}
+        train, dev, test = (translations[language][split] for split in ("train", "dev", "test"))
+        assert train and not train & dev and not train & test and not dev & test
+    # A model can be trained on both languages: the tests of one are not in train of the other.
+    assert not translations["fr"]["test"] & translations["es"]["train"]
+    assert not translations["es"]["test"] & translations["fr"]["train"]
+
+
+def test_every_prompt_that_is_left_out_is_in_the_report(prompts):
+    share = prompts / "share"
+    texts = "\ufeff; a comment: of the file\nhello: Bonjour !\nsilent:\nshort: Court\nlong: Long\n"
+    texts += "beep: [un son]\nnote: deux\nlost: perdu\nbroken: mal\nonly-here: seul\nhello: Salut\n"
+    english = "".join(
+        f"{n}: {n}\n" for n in "hello silent short long beep lost broken other".split()
+    )
+    shutil.rmtree(share)
+    clips = dict.fromkeys("hello silent beep note only-here not-in-list".split(), 0.3)
+    write_prompts(share, "fr", texts, clips | {"short": 0.29, "long": 30.1})
+    write_prompts(share, "en", english + "note: two (loud)\n", {})
+    (share / "asterisk" / "sounds" / "fr" / "broken.wav").write_bytes(b"no audio at all")
+    assert prepare(*prompt_flags(prompts)) == 1  # train and dev have no clip
+    rows = data.read_corpus(prompts / "out", "fr", "en")[0]["test"]
+    assert {(r.path.name, r.sentence, r.translation) for r in rows} == {
+        ("hello.flac", "Bonjour !", "hello"), ("silent.flac", "", "silent"),
+    }  # fmt: skip
+    report = report_of(prompts)
+    assert report["splits"]["test"]["without a transcript"] == 1
+    assert report["in no split"] == {
+        "shorter than 0.3 s": 1, "too long": 1, "text in brackets": 2, "missing": 1,
+        "undecodable": 1, "no translation": 1, "not in core-sounds-fr.txt.gz": 1,
+    }  # fmt: skip
+    assert re.search(r"txt\.gz:8: lost: perdu$", report["examples"]["missing"][0])
+
+
+def test_the_error_for_a_missing_package_names_it(prompts, capsys):
+    def says(language: str = "fr") -> str:
+        return refused(capsys, *prompt_flags(prompts, language))
+
+    assert "no texts of it: " in says("it")
+    assert "does not exist; apt-get install asterisk-core-sounds-it\n" in says("it")
+    assert "has no .wav file; apt-get install asterisk-core-sounds-en-wav\n" in says("en-fr")
+    table = prompts / "share" / "doc" / "asterisk-core-sounds-fr" / "core-sounds-fr.txt.gz"
+    for content in (b"", b"plain", table.read_bytes()[:40]):
+        table.write_bytes(content)
+        if content:
+            assert "core-sounds-fr.txt.gz cannot be read" in says()
+    assert not (prompts / "out").exists()
 
 
 # ----------------------------------------------------------------------------- a table of your own
