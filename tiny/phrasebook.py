@@ -141,7 +141,7 @@ WORDS = {
     "rains":     Text("il va pleuvoir", "wird es", "va a llover", "it will rain"),
     "stays_dry": Text("il ne va pas pleuvoir", "wird es", "no va a llover", "it will not rain"),
 }
-# Twelve is there for German alone: half past eleven is "halb zwölf".
+# Only German needs twelve: half past eleven is "halb zwölf".
 NUMBERS = [Text(*row) for row in zip(
     "un deux trois quatre cinq six sept huit neuf dix onze douze".split(),
     "eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf".split(),
@@ -170,12 +170,12 @@ GENDERS = ("m", "f", "n")
 
 
 def read_nouns(rows: str) -> dict[str, Noun]:
-    found = {}
+    nouns = {}
     for row in rows.strip().splitlines()[1:]:
         en, en_many, fr, fr_many, fr_sex, de, de_many, de_sex, es, es_many, es_sex = row.split()
         many = Text(fr_many, de_many, es_many, en_many)
-        found[en] = Noun(Text(fr, de, es, en), many, Text(fr_sex, de_sex, es_sex, ""))
-    return found
+        nouns[en] = Noun(Text(fr, de, es, en), many, Text(fr_sex, de_sex, es_sex, ""))
+    return nouns
 
 
 NOUNS = read_nouns(NOUN_ROWS)
@@ -266,8 +266,8 @@ def clock(rng: random.Random) -> Text:
 def several(rng: random.Random, things: list[Noun], low: int, high: int) -> Text:
     """A number of one thing, or of two things."""
     one, other = (counted(rng.randint(low, high), thing) for thing in rng.sample(things, 2))
-    alone = counted(rng.randint(low, 10), rng.choice(things))
-    return rng.choices([alone, chain(one, WORDS["and"], other)], [2, 3])[0]
+    single = counted(rng.randint(low, 10), rng.choice(things))
+    return rng.choices([single, chain(one, WORDS["and"], other)], [2, 3])[0]
 
 
 def around(rng: random.Random, place: Noun) -> Text:
@@ -280,8 +280,8 @@ def spot(rng: random.Random) -> Text:
 
 
 def liked(rng: random.Random) -> Text:
-    # Only particular things: "aimer le vin" alone is both "to like wine" and "to like the wine".
-    # And no coffee: "le café de l'hôtel" is as much a room as a drink.
+    # Only dishes of a place: "aimer le vin" can mean "to like wine" and "to like the wine". No
+    # coffee: "le café de l'hôtel" can be a room or a drink.
     dish = chain(the(rng.choice(FOOD[1:]), "object"), near("of", rng.choice(KITCHENS)))
     place = the(rng.choice(PLACES), "object")
     return rng.choices([rng.choice(CITIES), place, dish], [2, 3, 5])[0]
@@ -367,8 +367,8 @@ DRAWS = {
     "liked":     liked,
 }
 # A pattern names pieces in order; de, es and en give a language an order of its own. A name before
-# a colon is a scene, which draws pieces that depend on each other. A word that names nothing is
-# written as it stands.
+# a colon is a scene, which draws pieces that depend on each other. Any other word is written
+# unchanged.
 TEMPLATES = [
     Row(10, "asker meal please?"),
     Row(3, "asker tickets to town please?"),
