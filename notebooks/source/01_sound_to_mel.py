@@ -178,16 +178,17 @@ left.plot(milliseconds, frames_of(audio)[loud] * hann, color=BLUE, label="faded 
 left.set(
     xlabel="time in the frame (ms)", ylabel="sample", title=f"frame {loud}, the loudest"
 )
-left.legend()
+left.set_ylim(-0.5, 0.8)
+left.legend(loc="upper right")
 hertz = torch.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1)
 right.plot(hertz, 10 * power[loud].log10(), color=ORANGE)
 right.set(xlabel="frequency (Hz)", ylabel="power (dB)", title="its waves")
 plt.show()
 
 # %% [markdown]
-# The regular peaks on the right are the voice: its fundamental frequency and the multiples
-# of it. The wide hills over several peaks are the vowel: the mouth makes some frequencies
-# louder than others.
+# The regular peaks on the right are the voice: its fundamental frequency and the
+# multiples of it. The wide hills over several peaks are the vowel: the mouth makes some
+# frequencies louder than others.
 #
 # **Exercise 2 (5 minutes).** Four questions about range and resolution. Two of the
 # numbers stand above, two you compute. A wave needs at least two samples per period. A
@@ -443,9 +444,9 @@ reveal("waveform", waveform_change, change_in_percent(padded, later))
 reveal("log-mel", mel_change, change_in_percent(theirs, log_mel_spectrogram(later, 80)))
 
 # %% [markdown]
-# The power of a wave does not say *when* its peaks come (its phase). So the log-mel changes
-# much less than the waveform. The encoder does not have to learn that both clips are the
-# same sentence.
+# The power of a wave does not say *when* its peaks come (its phase). So the log-mel
+# changes much less than the waveform. The encoder does not have to learn that both clips
+# are the same sentence.
 #
 # What else is lost? Listen. This cell makes a sound from the log-mel only: it undoes the
 # logarithm and the mel bins, starts with random phases, and improves them until they fit
@@ -494,7 +495,8 @@ play(resampled)
 
 # %% [markdown]
 # On the left the tone falls at 0.8 s and rises again at 1.6 s: it is *folded* (aliasing).
-# The model would hear a tone that nobody made. `resample` first removes everything above the new limit.
+# The model would hear a tone that nobody made. `resample` first removes everything above
+# the new limit.
 #
 # A second lie: the samples are right, but the header of the file says 8,000 per second.
 # Listen, and predict what happens to the number of states.
