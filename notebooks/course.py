@@ -97,3 +97,35 @@ def watch_attention(attention=attention_and_weights):
         yield maps
     finally:
         F.scaled_dot_product_attention = original
+
+
+def draw_tree(steps: list, text_of, title: str, first: int = 1, last: int = 5):
+    """Draw the steps `first` to `last` of a beam search, one column for each step.
+
+    A step is a list of extensions (parent beam, token, total log-probability, state), the best one
+    first. The state is "continues", "ended" or "dropped". Only the two best dropped ones are drawn.
+    """
+    colours = {"continues": BLUE, "ended": RED, "dropped": GREY}
+    last = min(last, len(steps))
+    fig, ax = plt.subplots(figsize=(1.9 * (last - first + 1), 3.2))
+    parent_rows, n_rows = [], 0
+    for x, step in enumerate(steps[:last], start=1):
+        dropped = [extension for extension in step if extension[3] == "dropped"]
+        drawn = [extension for extension in step if extension not in dropped[2:]]
+        for row, (parent, token, total, state) in enumerate(drawn):
+            if x >= first:
+                ax.text(x, row, f"{text_of(token)}  {total:.2f}", color=colours[state], va="center")
+            if x > first:
+                ax.plot(
+                    [x - 0.36, x - 0.04], [parent_rows[parent], row], color=colours[state], lw=1
+                )
+        parent_rows = [row for row, extension in enumerate(drawn) if extension[3] == "continues"]
+        n_rows = max(n_rows, len(drawn))
+    steps_drawn = range(first, last + 1)
+    ax.set(xlim=(first - 0.1, last + 0.75), ylim=(n_rows - 0.5, -0.5), yticks=[])
+    ax.set(xticks=[x + 0.2 for x in steps_drawn], xticklabels=steps_drawn)
+    ax.set(xlabel="step; the numbers are log-probabilities (nats)", ylabel="the best one is on top")
+    ax.set_title(title, loc="left")
+    for i, (state, colour) in enumerate(colours.items()):
+        ax.text(last - 0.65 + 0.5 * i, -0.75, state, color=colour)
+    plt.show()
