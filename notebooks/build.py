@@ -35,7 +35,7 @@ SOURCES = sorted((HERE / "source").glob("*.py"))
 SOLUTION = re.compile(r"^( *)# BEGIN SOLUTION\n.*?^ *# END SOLUTION\n?", re.M | re.S)
 STUB = r'\1raise NotImplementedError("your turn")\n'
 SOLUTION_MARK = re.compile(r"^ *# (?:BEGIN|END) SOLUTION\n?", re.M)
-GUESS = re.compile(r"= .+?(?=  # ← your guess)")
+GUESS = re.compile(r"^([\w, ]+) = .+(?=  # ← your guess)", re.M)
 HANDOUT = ("*.ipynb", "course.py", "requirements.txt")
 
 
@@ -48,13 +48,19 @@ def read_source(source: Path) -> list:
     return jupytext.read(source, fmt="py:percent").cells
 
 
+def hide_guess(line: re.Match) -> str:
+    """Return "a, b = ..., ..." for "a, b = 1, 2"."""
+    names = line.group(1)
+    return f"{names} = {', '.join(['...'] * len(names.split(',')))}"
+
+
 def build(source: Path, solved: bool) -> nbformat.NotebookNode:
     """Return the exercise notebook or the solved notebook of a source, without outputs."""
     cells = [cell for cell in read_source(source) if "wrong" not in tags_of(cell)]
     for position, cell in enumerate(cells):
         text = cell.source + "\n"
         text = SOLUTION_MARK.sub("", text) if solved else SOLUTION.sub(STUB, text)
-        cell.source = (text if solved else GUESS.sub("= ...", text)).strip("\n")
+        cell.source = (text if solved else GUESS.sub(hide_guess, text)).strip("\n")
         # Two builds of one source must give the same bytes, so the id is not random.
         name = f"{source.stem} {position} {cell.source}"
         cell.id = hashlib.sha256(name.encode()).hexdigest()[:8]

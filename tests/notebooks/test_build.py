@@ -154,6 +154,13 @@ def test_two_builds_of_a_source_are_equal():
     assert first == second
 
 
+def test_a_guess_of_two_numbers_becomes_two_gaps(tmp_path):
+    source = tmp_path / "09_test.py"
+    source.write_text("# %%\na, b = (1, 2), 3  # ← your guess\nc = 'x'  # ← your guess\n")
+    [cell] = build.build(source, solved=False).cells
+    assert cell.source == "a, b = ..., ...  # ← your guess\nc = ...  # ← your guess"
+
+
 def test_a_cell_that_warns_is_an_error(tmp_path):
     notebook = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_code_cell("import warnings; warnings.warn('old')")]
