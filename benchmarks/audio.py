@@ -25,6 +25,7 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
+from benchmarks.measure import write_below  # noqa: E402
 from whisper_encoder import KAISER_BETA, ROLLOFF, ZEROS, load_audio, resample  # noqa: E402
 
 RATES = (8_000, 22_050, 44_100, 48_000)
@@ -119,8 +120,6 @@ def main():
             f"| {r['before'] / r['now']:.0f} | {1e3 * r['soxr']:.2f} "
             f"| {r['now'] / r['soxr']:.1f} | {r['difference']:.1e} |"
         )
-    from compare import write_below  # only here: what it imports would count as memory
-
     write_below("audio", lines)
 
 

@@ -1,7 +1,7 @@
 """This project and transformers + peft, doing the same work on the same machine.
 
     python benchmarks/compare.py                     the embedded default, and Whisper-base + 135M
-    python benchmarks/compare.py --sizes llast-2b    geometry of the paper's systems, on CUDA
+    python benchmarks/compare.py --sizes llast-2b    sizes of the paper's systems, on CUDA
 
 The peer is what a capable user writes: sdpa attention, the clips' own states cut out of the 30 s
 window, right padding in training and left padding in generation, LoRA merged before generation.
@@ -14,22 +14,18 @@ to a JSON file and a table.
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import math
 import statistics
 import sys
-import tempfile
 import time
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import peft
 import torch
 import transformers
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as TheirEncoder
@@ -37,6 +33,17 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder as Their
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.measure import (  # noqa: E402
+    Machine,
+    Phase,
+    bytes_of,
+    made_on,
+    measure_machine,
+    noise,
+    peak_of,
+    seconds_of,
+    write_below,
+)
 from data import (  # noqa: E402
     AUDIO_ID,
     IGNORE,
@@ -46,10 +53,9 @@ from data import (  # noqa: E402
     group,
     read_corpus,
 )
-from llama import Llama, LlamaConfig  # noqa: E402
+from llama import Llama, LlamaConfig, Tokenizer  # noqa: E402
 from llast import LLaST, LLaSTConfig, pick_device  # noqa: E402
-from lora import merge_lora  # noqa: E402
-from tools.convert import export  # noqa: E402
+from lora import LoRALinear, merge_lora  # noqa: E402
 from tools.cost import encoder_flops, llm_flops  # noqa: E402
 from tools.plan import GEOMETRY, example_flops  # noqa: E402
 from train import PRESETS  # noqa: E402
@@ -66,12 +72,23 @@ from whisper_encoder import (  # noqa: E402
 BASE = WhisperConfig(80, 512, 6, 8, 2048, 1500)  # Whisper-base
 SMALL_LLM = LlamaConfig(576, 1536, 30, 9, 3, 64, 49152, 1e-5, 10_000.0, False)  # 135M
 SIZES = {
+    # Only to test the benchmarks.
+    "toy": (
+        WhisperConfig(80, 64, 2, 4, 128, 1500),
+        LlamaConfig(64, 128, 2, 4, 2, 16, 2000, 1e-5, 10_000.0, False), 4, 4,
+    ),
     "base-135m": (BASE, SMALL_LLM, 16, 16),
     "llast-2b": (
         GEOMETRY["whisper-large-v2"], GEOMETRY["TinyLlama-1.1B-Chat-v1.0"], 128, 512,
     ),
     "llast-8b": (GEOMETRY["whisper-large-v2"], GEOMETRY["Llama-2-7b-chat-hf"], 128, 512),
+    # 8 of the LLM's 32 layers. Two trainings of the whole model do not fit on one GPU of 80 GB.
+    "llast-8b-quarter": (
+        GEOMETRY["whisper-large-v2"],
+        replace(GEOMETRY["Llama-2-7b-chat-hf"], num_hidden_layers=8), 128, 512,
+    ),
 }  # fmt: skip
+CASES = ["training", "translation"]
 PROMPT, ANSWER, EOS = 28, 24, 2  # tokens of a made-up row, the end included in the answer
 NEVER = -1  # an end that no model writes: random answers then all have the length that is counted
 BOTH = (("30s", "both in 30 s"), ("clip", "ours at own length"))  # windows, and how rows say it
@@ -80,78 +97,60 @@ MIXED = (2.0, 3.1, 4.2, 5.0, 6.3, 7.7, 9.4, 12.0)  # seconds of the clips in a t
 # --------------------------------------------------------------------------------- the two systems
 
 
-def random_bases(folder: Path, W: WhisperConfig, L: LlamaConfig, dtype: torch.dtype):
-    """Two Hugging Face folders with random weights of the scale that trained ones have."""
+def build_ours(size: str, device, dtype) -> LLaST:
+    """A LLaST whose LoRA is no longer fresh, so that a LoRA left out would be noticed.
+
+    "tiny" is the included example. The other sizes get random weights, made on the device.
+    """
     torch.manual_seed(0)
-    for name, module, config in (
-        ("whisper", WhisperEncoder(W), W.__dict__ | {"model_type": "whisper"}),
-        ("llama", Llama(L), L.__dict__ | {"model_type": "llama", "eos_token_id": EOS}),
-    ):
-        (folder / name).mkdir()
-        prefix = "model.encoder." if name == "whisper" else ""
-        weights = {f"{prefix}{k}": v.to(dtype) for k, v in module.state_dict().items()}
-        save_file(weights, folder / name / "model.safetensors", {"format": "pt"})
-        (folder / name / "config.json").write_text(json.dumps(config))
-    tokenizer = (ROOT / "tiny" / "llama" / "tokenizer.model").read_bytes()
-    (folder / "llama" / "tokenizer.model").write_bytes(tokenizer)
-
-
-def build_ours(size: str, folder: Path, device, dtype) -> LLaST:
-    """A LLaST whose LoRA is no longer fresh, so that a LoRA left out would be noticed."""
-    bases, ranks = (ROOT / "tiny" / "whisper", ROOT / "tiny" / "llama"), (16, 16)
-    if size != "tiny":
+    if size == "tiny":
+        model = LLaST.fresh(config_of(16, 16), dtype, device)
+    else:
         W, L, *ranks = SIZES[size]
-        random_bases(folder, W, L, dtype)
-        bases = folder / "whisper", folder / "llama"
-    config = LLaSTConfig(
-        *map(str, bases), "llama2", "30s", ranks[0], 2.0 * ranks[0], ranks[1], 2.0 * ranks[1],
-        dropout=0.0, directions=("fr-en",),
-    )  # fmt: skip
-    model = LLaST.fresh(config, dtype, device)
-    chance = torch.Generator().manual_seed(1)
+        encoder, llm = made_on(device, dtype, WhisperEncoder, W), made_on(device, dtype, Llama, L)
+        model = LLaST(config_of(*ranks), encoder, llm, Tokenizer(ROOT / "tiny" / "llama"))
     for name, tensor in model.trained().items():
         if name.endswith("lora_B"):
-            tensor.copy_(0.01 * torch.randn(tensor.shape, generator=chance))
+            tensor.normal_(std=0.01)
     return model
 
 
-class Peer(nn.Module):
-    """The same system out of transformers and peft."""
+def config_of(encoder_rank: int, llm_rank: int) -> LLaSTConfig:
+    return LLaSTConfig(
+        str(ROOT / "tiny" / "whisper"), str(ROOT / "tiny" / "llama"), "llama2", "30s",
+        encoder_rank, 2.0 * encoder_rank, llm_rank, 2.0 * llm_rank,
+        dropout=0.0, directions=("fr-en",),
+    )  # fmt: skip
 
-    def __init__(self, ours: LLaST, folder: Path, merged: bool):
+
+class Peer(nn.Module):
+    """The same system out of transformers and peft. It shares the frozen weights with ours.
+
+    If our LoRAs are merged, the peer has the merged weights, too, and no LoRA.
+    """
+
+    def __init__(self, ours: LLaST):
         super().__init__()
-        config, device, dtype = ours.config, ours.device, ours.llm.lm_head.weight.dtype
-        how = {"dtype": dtype, "attn_implementation": "sdpa"}
-        shape = transformers.WhisperConfig.from_pretrained(config.encoder, **how)
-        encoder = TheirEncoder(shape).to(dtype)  # from_pretrained would look for all of Whisper
-        encoder.load_state_dict(WhisperEncoder.from_pretrained(config.encoder, dtype).state_dict())
-        llm = transformers.LlamaForCausalLM.from_pretrained(config.llm, **how)
-        # Their WhisperModel has an attribute `encoder`; to load the adapter, so has this.
-        holder = nn.Module()
-        holder.encoder = encoder
-        adapter = peft.LoraConfig.from_pretrained(str(folder / "encoder-lora"))
-        adapter.inference_mode = merged
-        encoder = peft.PeftModel(holder, adapter)
-        llm = peft.PeftModel.from_pretrained(llm, folder / "llm-lora", is_trainable=not merged)
-        weights = peft.load_peft_weights(str(folder / "encoder-lora"))
-        peft.set_peft_model_state_dict(encoder, weights)
-        if merged:
-            encoder, llm = encoder.merge_and_unload(), llm.merge_and_unload()
-        self.encoder = encoder.encoder if merged else encoder.base_model.model.encoder
-        self.llm, self.window = llm, ours.speech_encoder.config.max_source_positions
-        self.M = ours.speech_encoder.config.num_mel_bins
+        W, L = ours.speech_encoder.config, ours.llm.config
+        self.encoder = copy_of(ours.speech_encoder, TheirEncoder, transformers.WhisperConfig, W)
+        self.llm = copy_of(ours.llm, transformers.LlamaForCausalLM, transformers.LlamaConfig, L)
+        # transformers prints a warning for a generation without these two.
+        self.llm.generation_config.bos_token_id, self.llm.generation_config.eos_token_id = 1, EOS
+        self.window, self.M = W.max_source_positions, W.num_mel_bins
         self.features = transformers.WhisperFeatureExtractor(feature_size=self.M)
         self.projector = nn.Sequential(
             *(nn.Linear(m.in_features, m.out_features) if hasattr(m, "weight") else nn.GELU()
               for m in ours.projector.model)
         )  # fmt: skip
         self.projector.load_state_dict(ours.projector.model.state_dict())
-        self.to(device)
+        self.projector.to(ours.device)
 
     def encode_speech(self, audio: list[Tensor]) -> list[Tensor]:
         waves = [clip.numpy() for clip in audio]
-        mel = self.features(waves, sampling_rate=16_000, return_tensors="pt").input_features
         weight = self.llm.get_input_embeddings().weight
+        mel = self.features(
+            waves, sampling_rate=16_000, return_tensors="pt", device=str(weight.device)
+        ).input_features
         states = self.encoder(mel.to(weight.device, weight.dtype)).last_hidden_state
         n = [n_states(len(clip)) for clip in audio]
         speech = self.projector(states[:, : max(n)].float()).to(weight.dtype)
@@ -194,58 +193,32 @@ class Peer(nn.Module):
         return [row[: row.index(EOS)] if ends and EOS in row else row for row in answers.tolist()]
 
 
-def adapters(ours: LLaST, folder: Path):
-    """Both LoRAs as peft reads them. `export` merges, so it gets a copy."""
-    ours.save_pretrained(folder / "run")
-    export(LLaST.from_pretrained(folder / "run"), folder / "out")
-    return folder / "out"
+def copy_of(ours: nn.Module, kind, kind_of_config, config) -> nn.Module:
+    """Their module with our frozen weights, and with our LoRA as peft has it."""
+    weight = next(ours.parameters())
+    settings = kind_of_config(**asdict(config), attn_implementation="sdpa")
+    theirs = made_on(weight.device, weight.dtype, kind, settings)
+    weights = {k: v for k, v in ours.state_dict().items() if "lora_" not in k}
+    theirs.load_state_dict(weights, assign=True)
+    loras = {name: layer for name, layer in ours.named_modules() if isinstance(layer, LoRALinear)}
+    loras = {name: layer for name, layer in loras.items() if not layer.merged}
+    theirs.requires_grad_(False)
+    if loras:
+        R, alpha = next(
+            (len(lora.lora_A), lora.scale * len(lora.lora_A)) for lora in loras.values()
+        )
+        targets = sorted({name.rpartition(".")[2] for name in loras})
+        peft.inject_adapter_in_model(
+            peft.LoraConfig(r=R, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0), theirs
+        )
+    for name, lora in loras.items():
+        layer = theirs.get_submodule(name)
+        for theirs_of, tensor in ((layer.lora_A, lora.lora_A), (layer.lora_B, lora.lora_B)):
+            theirs_of["default"].weight = nn.Parameter(tensor.detach().clone())
+    return theirs
 
 
 # -------------------------------------------------------------------------------------- measuring
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the device can do at best, as measured here, and by its data sheet if that is known."""
-
-    flops: float  # of a large matrix product, a second
-    bytes: float  # that a large copy reads and writes, a second
-    sheet_flops: float | None
-    sheet_bytes: float | None
-
-    def least(self, phases: list["Phase"]) -> float | None:
-        """Seconds that the phases need, one after the other, if nothing else took any time."""
-        needed = [p.times * max(p.flops / self.flops, p.bytes / self.bytes) for p in phases]
-        return sum(needed) if needed else None
-
-
-SHEETS = {  # dense bf16 FLOP/s and bytes/s
-    "H100 80GB HBM3": (989e12, 3.35e12), "H200": (989e12, 4.8e12),
-    "A100-SXM4-80GB": (312e12, 2.04e12),
-}  # fmt: skip
-
-
-def measure_machine(device, dtype) -> Machine:
-    cuda = device.type == "cuda"
-    n = 8192 if cuda else 2048
-    a = torch.randn(n, n, device=device).to(dtype)
-    source = torch.ones(1 << (30 if cuda else 27), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    a @ a, target.copy_(source)
-    product = min(seconds_of(lambda: a @ a, device) for _ in range(5))
-    copy = min(seconds_of(lambda: target.copy_(source), device) for _ in range(5))
-    name = torch.cuda.get_device_name() if cuda else ""
-    sheet = next((SHEETS[key] for key in SHEETS if key in name), (None, None))
-    return Machine(2 * n**3 / product, 2 * len(source) / copy, *sheet)
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A part of our work that ends before the next begins: its arithmetic, the bytes it reads."""
-
-    flops: float
-    bytes: float
-    times: int = 1
 
 
 @dataclass
@@ -266,38 +239,6 @@ class Result:
     @property
     def ratio(self) -> float:
         return self.peer / self.ours
-
-
-def peak_of(work, device) -> int:
-    """Bytes that a piece of work needs on top of what is there before it."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
-    before = memory_line("VmRSS")
-    work()
-    return memory_line("VmHWM") - before
-
-
-def memory_line(name: str) -> int:
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return 1024 * int(lines[name].split()[0])
-
-
-def seconds_of(work, device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()  # what came before must not be counted
-    began = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 @dataclass
@@ -361,12 +302,6 @@ def same(what: str, ours: Tensor, theirs: Tensor, dtype: torch.dtype):
 
 
 # -------------------------------------------------------------------------------------- the cases
-
-
-def noise(seconds: float, seed: int) -> Tensor:
-    """A clip that is never silent."""
-    chance = torch.Generator().manual_seed(seed)
-    return 0.1 * torch.randn(round(16_000 * seconds), generator=chance)
 
 
 def row_of(V: int, seed: int) -> tuple[list[int], list[int]]:
@@ -447,11 +382,6 @@ def encoder_phase(model: LLaST, clips: list[tuple[int, int]]) -> Phase:
     """Clips as (states, states needed)."""
     W, weights = model.speech_encoder.config, bytes_of(model.speech_encoder)
     return Phase(sum(sum(encoder_flops(W, S, n)) for S, n in clips), weights)
-
-
-def bytes_of(module: nn.Module, without: str = "nothing") -> int:
-    named = module.named_parameters()
-    return sum(p.numel() * p.element_size() for name, p in named if without not in name)
 
 
 def training_cases(bench: Bench, ours: LLaST, peer: Peer):
@@ -601,32 +531,31 @@ def test_set(bench: Bench, ours: LLaST, peer: Peer, n: int):
         bench.compare(f"{n} test clips from file to text, {label}", mine, theirs, [])
 
 
-def run_size(bench: Bench, dtype: torch.dtype):
-    size, device = bench.size, bench.device
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        ours = build_ours(size, folder, device, dtype)
-        out = adapters(ours, folder)
-        mel_case(bench)
+def run_size(bench: Bench, dtype: torch.dtype, cases: list[str]):
+    ours = build_ours(bench.size, bench.device, dtype)
+    if "training" in cases:
         ours.train()
-        peer = Peer(ours, out, merged=False).train()
-        training_cases(bench, ours, peer)
-        del peer
-        merge_lora(ours.eval(), delete_lora=True)
-        peer = Peer(ours, out, merged=True).eval()
-        encoder_cases(bench, ours, peer)
-        prefill_case(bench, ours, peer)
-        translation_cases(bench, ours, peer)
-        if size == "tiny":
-            test_set(bench, ours, peer, 48)
+        training_cases(bench, ours, Peer(ours).train())
+    if "translation" not in cases:
+        return
+    merge_lora(ours.eval(), delete_lora=True)
+    peer = Peer(ours).eval()
+    mel_case(bench)
+    encoder_cases(bench, ours, peer)
+    prefill_case(bench, ours, peer)
+    translation_cases(bench, ours, peer)
+    if bench.size == "tiny":
+        test_set(bench, ours, peer, 48)
 
 
 def main():
     device, dtype, reason = pick_device()
     parser = argparse.ArgumentParser(description="This project next to transformers and peft.")
-    sizes = ["tiny", "base-135m"] if device.type == "cpu" else ["tiny", *SIZES]
+    sizes = ["tiny", "base-135m", *(["llast-2b"] if device.type == "cuda" else [])]
     parser.add_argument("--sizes", nargs="+", choices=["tiny", *SIZES], default=sizes)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--times", type=int, default=5, help="turns; the median counts")
+    parser.add_argument("--no-table", action="store_true", help="do not change README.md")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results.json")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -641,11 +570,12 @@ def main():
              "times": args.times, "machine": machine.__dict__}  # fmt: skip
     for size in args.sizes:
         bench = Bench(size, device, machine, args.times)
-        run_size(bench, dtype)
+        run_size(bench, dtype, args.cases)
         results += bench.results
         lines = [r.__dict__ | {"ratio": round(r.ratio, 3)} for r in results]
         args.json.write_text(json.dumps(about | {"results": lines}, indent=2) + "\n")
-        write_table(results, about)  # a larger size may be stopped, and this one is kept
+        if not args.no_table:
+            write_table(results, about)  # a larger size may be stopped, and this one is kept
 
 
 def write_table(results: list[Result], about: dict):
@@ -668,16 +598,6 @@ def write_table(results: list[Result], about: dict):
             f"| {f'{r.limit / r.ours:.0%}' if known else ''} |"
         )
     write_below("results", lines)
-
-
-def write_below(mark: str, lines: list[str]):
-    """Put lines into README.md between <!-- mark --> and <!-- end of mark -->."""
-    page = Path(__file__).parent / "README.md"
-    above, begin, rest = page.read_text().partition(f"<!-- {mark} -->\n")
-    _, end, below = rest.partition(f"<!-- end of {mark} -->")
-    if not begin or not end:
-        raise SystemExit(f"{page} has no place for {mark}")
-    page.write_text(above + begin + "\n".join(lines) + "\n" + end + below)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ on top of the model. Writes growth.json, growth.png and the table in README.md.
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from pathlib import Path
 
@@ -24,16 +23,13 @@ from compare import (
     SIZES,
     build_ours,
     in_window,
-    noise,
-    peak_of,
     row_of,
-    seconds_of,
     training_batch,
-    write_below,
 )
 from PIL import Image
 from tqdm import tqdm
 
+from benchmarks.measure import noise, peak_of, seconds_of, write_below
 from data import AUDIO_ID
 from llast import LLaST, pick_device
 from lora import merge_lora
@@ -156,9 +152,7 @@ def main():
     parser.add_argument("--times", type=int, default=5, help="runs of each; the median counts")
     args = parser.parse_args()
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as temporary:
-        model = build_ours(args.size, Path(temporary), device, dtype)
-    model = in_window(model.train(), "clip")
+    model = in_window(build_ours(args.size, device, dtype).train(), "clip")
     lines = sweep(model, args.times)
     about = {"size": args.size, "device": reason, "torch": torch.__version__,
              "date": time.strftime("%Y-%m-%d"), "times": args.times, "usual": USUAL}  # fmt: skip

@@ -83,3 +83,8 @@ def run_main(monkeypatch, capsys):
         return code, out.splitlines(), err
 
     return run
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("it needs a CUDA GPU")

@@ -184,7 +184,7 @@ def test_attention_in_training_needs_no_mask(bases, monkeypatch):
 KERNELS = {"MATH": 2, "FLASH_ATTENTION": 2, "CUDNN_ATTENTION": 2, "EFFICIENT_ATTENTION": 4}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels are those of CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_each_attention_kernel_takes_the_shapes_of_training(tmp_path, kernel):
     toys.whisper_folder(tmp_path / "whisper", d_model=64, encoder_attention_heads=4)
@@ -205,7 +205,7 @@ def test_each_attention_kernel_takes_the_shapes_of_training(tmp_path, kernel):
     assert (grads - by_math).norm() < 0.1 * by_math.norm()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU does not wait for a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_cpu_does_not_wait_for_the_gpu_during_a_forward_and_a_backward_pass(bases, recompute):
     config = config_for(bases, window="30s", dropout=0.1)
