@@ -164,7 +164,13 @@ class Peer(nn.Module):
         return rows
 
     def forward(self, batch: Batch) -> Tensor:
-        device = self.llm.get_input_embeddings().weight.device
+        weight = self.llm.get_input_embeddings().weight
+        # Without autocast, peft would compute its LoRA in float32.
+        half = weight.dtype != torch.float32
+        with torch.autocast(weight.device.type, weight.dtype, enabled=half):
+            return self.loss(batch, weight.device)
+
+    def loss(self, batch: Batch, device) -> Tensor:
         ids = [row[:n].to(device) for row, n in zip(batch.ids, batch.lengths, strict=True)]
         rows = self.rows(batch.audio, ids)
         labels = [
