@@ -302,11 +302,17 @@ def describe_overlap(train: list, test: list) -> str:
 # ------------------------------------------------------------------------------------------ prompts
 
 # Special tokens of a prompt. `prompt_ids` looks up their ids and does not encode them as text. So
-# "<s>" in a sentence of the corpus is ordinary text (llama.Tokenizer explains the exception).
+# "<s>" in a sentence of the corpus is ordinary text (llama.Tokenizer explains the exception). BOS
+# and EOS are the first and last token of a text, whatever their names are in a tokenizer.
 BOS, EOS, AUDIO = "<s>", "</s>", "<audio>"
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"  # ChatML: begin and end of a chat message
+# Llama 3: begin and end of the name of a role (user or assistant), and the end of a chat message
+ROLE_START, ROLE_END, EOT = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
+NAMED_TOKENS = (IM_START, IM_END, ROLE_START, ROLE_END, EOT)
 AUDIO_ID = -300  # marks the place of the speech; no real token has this id
 IGNORE = -100  # F.cross_entropy skips targets with this value; no real token has this id
+MESSAGE = (AUDIO, "\n{instruction}")  # what the user says
+CHATML = (IM_START, "user\n", *MESSAGE, IM_END, "\n", IM_START, "assistant\n", IM_END)
 
 # The pieces of each prompt in order: texts and special tokens. The last piece is not in the prompt:
 # it is the end token of the answer.
@@ -314,17 +320,15 @@ TEMPLATES = {
     "llama2": (BOS, "[INST] ", AUDIO, "\n{instruction} [/INST]", EOS),
     # The prompt of the original LLaST for TinyLlama. TinyLlama itself was trained with the prompt
     # "tinyllama-chat", which has one </s> less.
-    "tinyllama": (
-        BOS, "<|user|>\n", AUDIO, "\n{instruction}", EOS, "\n<|assistant|>", EOS, "\n", EOS,
-    ),
-    "tinyllama-chat": (
-        BOS, "<|user|>\n", AUDIO, "\n{instruction}", EOS, "\n<|assistant|>\n", EOS,
-    ),
-    # ChatML with BOS first
-    "chatml": (
-        BOS, IM_START, "user\n", AUDIO, "\n{instruction}", IM_END,
-        "\n", IM_START, "assistant\n", IM_END,
-    ),
+    "tinyllama": (BOS, "<|user|>\n", *MESSAGE, EOS, "\n<|assistant|>", EOS, "\n", EOS),
+    "tinyllama-chat": (BOS, "<|user|>\n", *MESSAGE, EOS, "\n<|assistant|>\n", EOS),
+    "chatml": (BOS, *CHATML),
+    # The prompt of SmolLM2: a system message, and no BOS
+    "smollm2": (IM_START, "system\nYou are a helpful AI assistant named SmolLM, trained by "
+                "Hugging Face", IM_END, "\n", *CHATML),
+    # The prompt of Llama 3, without a system message
+    "llama3": (BOS, ROLE_START, "user", ROLE_END, "\n\n", *MESSAGE, EOT,
+               ROLE_START, "assistant", ROLE_END, "\n\n", EOT),
     "plain": (BOS, AUDIO, "\n{instruction}\n", EOS),  # for models without chat training
 }  # fmt: skip
 INSTRUCTIONS = {
@@ -354,14 +358,10 @@ def prompt_ids(pieces: list[str], tokenizer) -> list[int]:
     Each text is encoded by itself, so its ids do not depend on the pieces before and after it.
     """
     special = {BOS: tokenizer.bos_id, EOS: tokenizer.eos_id, AUDIO: AUDIO_ID}
+    special |= {piece: tokenizer.special_id(piece) for piece in pieces if piece in NAMED_TOKENS}
     ids = []
     for piece in pieces:
-        if piece in special:
-            ids.append(special[piece])
-        elif piece in (IM_START, IM_END):
-            ids.append(tokenizer.special_id(piece))
-        else:
-            ids += tokenizer.encode(piece)
+        ids += [special[piece]] if piece in special else tokenizer.encode(piece)
     return ids
 
 

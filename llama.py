@@ -2,20 +2,26 @@
 
     ids (B, T) -> embeddings (B, T, D) -> layers of attention and SwiGLU -> logits (B, T, V)
 
-Papers: Llama 2 (2307.09288), rotary positions (2104.09864), grouped-query attention (2305.13245).
+Papers: Llama 2 (2307.09288), Llama 3 (2407.21783), rotary positions (2104.09864), grouped-query
+attention (2305.13245), byte-pair encoding (1508.07909).
 The modules have the names of Hugging Face checkpoints, so weights load without renaming. Rotary
 positions use the Hugging Face order: dimension i is paired with dimension i + Dh/2. One pass over
 all tokens and several passes with a cache give the same states, and transformers gives the same
-states, too: see tests/test_llama.py. The tokenizer is sentencepiece: it splits a text into frequent
-words and parts of words ("pieces"), and each piece has an id.
+states, too: see tests/test_llama.py. A tokenizer splits a text into frequent words and parts of
+words ("pieces"), and each piece has an id. Llama 2 uses the library sentencepiece. Llama 3 and
+SmolLM2 use byte-level byte-pair encoding, which is written out at the end of this file.
 
 Sizes: B batch, T tokens of this call (in LLaST this includes the speech, see P in llast.py),
 L keys in the cache and in this call, D width, H query heads, Hk key/value heads, G query heads for
 each key/value head, Dh head width, V vocabulary.
 """
 
+import math
 import re
+import unicodedata
 from dataclasses import dataclass, fields
+from functools import lru_cache
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import get_origin
 
@@ -64,8 +70,14 @@ class Cache:
 # These settings of config.json have only one supported value. None: the setting must be missing.
 SUPPORTED_VALUES = {
     "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-    "rope_type": "default", "type": "default", "factor": None, "partial_rotary_factor": 1.0,
+    "rope_type": "default", "type": "default", "partial_rotary_factor": 1.0,
     "sliding_window": None,
+}  # fmt: skip
+# These settings change the rotary positions of Llama 3.1 and later, see rotary_angles. These values
+# change nothing.
+NO_SCALING = {
+    "factor": 1.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
 }  # fmt: skip
 
 
@@ -83,6 +95,10 @@ class LlamaConfig:
     rms_norm_eps: float
     rope_theta: float
     tie_word_embeddings: bool
+    factor: float = 1.0  # this and the next three scale rotary positions, see rotary_angles
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
 
     @classmethod
     def from_json(cls, path) -> "LlamaConfig":
@@ -97,13 +113,18 @@ class LlamaConfig:
             if not isinstance(inner, dict):
                 raise ValueError(f"{path}: {name} must be an object, found {inner!r:.60}")
             raw |= {key: value for key, value in inner.items() if value is not None}
-        required = SUPPORTED_VALUES.items()
-        unsupported = {name: raw[name] for name, value in required if raw.get(name, value) != value}
+        is_scaled = raw.get("rope_type") == "llama3"
+        required = SUPPORTED_VALUES | (
+            {"rope_type": "llama3"} if is_scaled else dict.fromkeys(NO_SCALING)
+        )
+        unsupported = {k: raw[k] for k, value in required.items() if raw.get(k, value) != value}
         if unsupported:
             raise ValueError(f"{path}: not supported: {unsupported!r:.200}; use another model")
 
         # Old config.json files do not have these two values.
         raw = {"rope_theta": 10_000.0, "tie_word_embeddings": False} | raw
+        if not is_scaled:
+            raw |= NO_SCALING
         D, H = raw.get("hidden_size"), raw.get("num_attention_heads")
         raw.setdefault("num_key_value_heads", H)
         # check_fields below reports wrong types. This division must not fail before that.
@@ -111,10 +132,13 @@ class LlamaConfig:
             raw.setdefault("head_dim", D // H)
         config = check_fields(cls, raw, path)
         groups_fit = config.num_attention_heads % config.num_key_value_heads == 0
-        if not groups_fit or config.head_dim % 2 or config.num_hidden_layers > 1000:
+        scaling_fits = config.low_freq_factor < config.high_freq_factor
+        is_valid = groups_fit and scaling_fits and config.num_hidden_layers <= 1000
+        if not is_valid or config.head_dim % 2:
             raise ValueError(
                 f"{path}: num_key_value_heads must divide num_attention_heads, head_dim must be "
-                f"even, and there can be at most 1000 layers; found {config}"
+                f"even, low_freq_factor must be below high_freq_factor, and there can be at most "
+                f"1000 layers; found {config}"
             )
         return config
 
@@ -162,7 +186,7 @@ class RMSNorm(nn.Module):
         return self.weight * normalized.to(x.dtype)
 
 
-def rotary_angles(positions: Tensor, Dh: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_angles(positions: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the angle of each dimension, in float32. (B, T) -> two of (B, 1, T, Dh)
 
     Attention itself does not know the order of the tokens. Rotary positions add it: each pair of
@@ -171,8 +195,17 @@ def rotary_angles(positions: Tensor, Dh: int, theta: float) -> tuple[Tensor, Ten
     content. A pair (a, b) becomes (a cos - b sin, b cos + a sin). The returned sine is negative in
     the first half of the dimensions, because a gets -b sin.
     """
-    # Early pairs rotate fast, late pairs slowly.
-    frequency = theta ** (-torch.arange(0, Dh, 2, device=positions.device).float() / Dh)
+    Dh = config.head_dim
+    # The angle between two neighbouring positions. Early pairs rotate fast, late pairs slowly.
+    pair = torch.arange(0, Dh, 2, device=positions.device).float() / Dh  # (Dh/2,)
+    frequency = config.rope_theta**-pair  # (Dh/2,)
+    # Llama 3.1 was first trained on short texts, then on longer ones. Pairs that made only a part
+    # of a turn in a short text would reach new angles in a long text. They rotate `factor` times
+    # slower. Pairs that made many turns stay as they are, and those between change in part.
+    turns = config.original_max_position_embeddings * frequency / (2 * math.pi)
+    low, high = config.low_freq_factor, config.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: unchanged, 0: slower
+    frequency = frequency * (kept + (1 - kept) / config.factor)
     angle = positions[:, None, :, None] * frequency  # (B, 1, T, Dh/2)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)  # (B, 1, T, Dh)
@@ -348,7 +381,7 @@ class Llama(nn.Module):
             G = self.config.num_attention_heads // self.config.num_key_value_heads
             # One copy of the mask for each of the G heads, in the order of q in Attention.forward.
             can_attend = can_attend[:, None].repeat(1, 1, G, 1)  # (B, 1, G*T, L)
-        cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        cos, sin = rotary_angles(positions, self.config)
 
         if cache is not None:
             cache.reserve(T)
@@ -408,28 +441,245 @@ class Llama(nn.Module):
 
 # ------------------------------------------------------------------------------------ the tokenizer
 
-# llast.py computes the fingerprint of an LLM from its weights, its config.json and these files.
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "added_tokens.json")
+# The files of each kind of tokenizer. The first has the pieces. llast.py computes the fingerprint
+# of an LLM from its weights, its config.json and these files.
+SENTENCEPIECE_FILES = ("tokenizer.model", "tokenizer_config.json", "added_tokens.json")
+BYTE_PAIR_FILES = ("tokenizer.json", "generation_config.json")
+
+
+def tokenizer_files(folder: Path) -> tuple[str, ...]:
+    """The names of the files that Tokenizer reads in a folder, next to config.json.
+
+    Folders of Llama 2 have both tokenizer.model and tokenizer.json, with the same pieces. Then
+    tokenizer.model is read.
+    """
+    has_json = (folder / "tokenizer.json").is_file()
+    has_model = (folder / "tokenizer.model").is_file()
+    if has_json and not (has_model and not is_tiktoken(folder / "tokenizer.model")):
+        return BYTE_PAIR_FILES
+    return SENTENCEPIECE_FILES
+
+
+def is_tiktoken(file: Path) -> bool:
+    """True for the tokenizer.model of Llama 3: a text with a piece in base64 and an id per line."""
+    return re.match(rb"[A-Za-z0-9+/]+=* \d+\s", file.read_bytes()) is not None
 
 
 def load_sentencepiece(file: Path) -> sentencepiece.SentencePieceProcessor:
     """Load tokenizer.model. Raise an error if the file is missing or has another format."""
     if not file.is_file():
-        has_json = file.with_name("tokenizer.json").is_file()
-        hint = ", only a tokenizer.json; use another LLM" if has_json else "; download it"
-        raise FileNotFoundError(f"{file.parent} has no tokenizer.model{hint}")
+        raise FileNotFoundError(
+            f"{file.parent} has no tokenizer.model and no tokenizer.json; download one of them"
+        )
     try:
         return sentencepiece.SentencePieceProcessor(model_file=str(file))
     except RuntimeError as error:
-        # In Llama 3, tokenizer.model is a text file. Each line has a token in base64 and a number.
         reason = f"{error}; copy the file again"
-        if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", file.read_bytes()):
-            reason = "it has the format of Llama 3; use an LLM with a sentencepiece tokenizer"
+        if is_tiktoken(file):
+            reason = "it has the format of Llama 3; download the tokenizer.json of this model, too"
         raise ValueError(f"{file} cannot be read as a sentencepiece model: {reason}") from error
 
 
+# Byte-level byte-pair encoding (BPE), from text to ids:
+#
+#   1. The text is split into words, digits and punctuation.     " où 12"  ->  " où", " ", "1", "2"
+#   2. Each byte (UTF-8) becomes one printable character.           " où"  ->  "ĠoÃ¹"
+#   3. Neighbours are merged, as long as a merge rule fits.       "ĠoÃ¹"  ->  "Ġo", "Ã¹"
+#   4. Each piece has an id.
+#
+# There is no unknown word: a rare word is only split into more pieces, at worst into single bytes.
+
+# Step 1. The patterns are those in tokenizer.json. Each splits a text completely: everything
+# matches. re does not know \p{L} (letters) and \p{N} (numbers), see compile_pattern.
+DIGITS = r"\p{N}|[^\p{N}]+"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False}
+# Pairs: the steps of "pre_tokenizer" in tokenizer.json, and the patterns that they mean. SmolLM2
+# makes each digit a word, Llama 3 up to three digits.
+PRE_TOKENIZERS = (
+    ([{"type": "Digits", "individual_digits": True}, BYTE_LEVEL | {"use_regex": True}],
+     [DIGITS, GPT2]),
+    ([{"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False},
+      BYTE_LEVEL | {"use_regex": False}],
+     [LLAMA3]),
+    ([BYTE_LEVEL | {"use_regex": True}], [GPT2]),
+)  # fmt: skip
+
+
+@lru_cache
+def character_classes() -> dict[str, str]:
+    r"""The characters of \p{L}, \p{N}, \s and \S as re expects them inside [...].
+
+    Python's own \s also matches four control characters. Letters and numbers are those of the
+    Unicode version of this Python.
+    """
+    classes = {r"\p{L}": "", r"\p{N}": ""}
+    everything = map(chr, range(0x110000))
+    for kind, group in groupby(everything, key=lambda char: unicodedata.category(char)[0]):
+        if kind in "LN":
+            first, *others = group
+            classes[rf"\p{{{kind}}}"] += f"{first}-{others[-1]}" if others else first
+    spaces = "".join(
+        c for c in map(chr, range(0x3001)) if c.isspace() and c not in "\x1c\x1d\x1e\x1f"
+    )
+    return classes | {r"\s": spaces, r"\S": f"^{spaces}"}
+
+
+@lru_cache
+def compile_pattern(pattern: str) -> re.Pattern:
+    """Compile a pattern for re, which has no Unicode classes such as letters."""
+    parts = re.split(r"(\[.*?\])", pattern)  # every second part has the form [...]
+    for name, characters in character_classes().items():
+        parts[::2] = [part.replace(name, f"[{characters}]") for part in parts[::2]]
+        parts[1::2] = [part.replace(name, characters) for part in parts[1::2]]
+    return re.compile("".join(parts))
+
+
+def split_patterns(pre_tokenizer: dict) -> list[re.Pattern]:
+    """The patterns of a "pre_tokenizer". Raise ValueError if it is not in PRE_TOKENIZERS."""
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    # "trim_offsets" changes only positions in the text, which are not used here.
+    steps = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]
+    for known_steps, patterns in PRE_TOKENIZERS:
+        if steps == known_steps:
+            return [compile_pattern(pattern) for pattern in patterns]
+    raise ValueError(f"the pre_tokenizer {steps!r:.200} is not supported")
+
+
+# Step 2. Spaces, line breaks and parts of a character cannot be printed. Therefore tokenizer.json
+# writes one printable character for each byte.
+
+
+def byte_characters() -> list[str]:
+    """The character of each byte: the byte itself in Latin-1, or "Ġ" for a space, and so on."""
+    replacements = map(chr, range(256, 512))
+    characters = [chr(byte) for byte in range(256)]
+    return [c if c.isprintable() and c != " " else next(replacements) for c in characters]
+
+
+BYTE_CHARACTERS = byte_characters()
+BYTE_OF = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
+
+
+class BytePairs:
+    """Text <-> ids by byte-level BPE.
+
+    vocab: id of each piece. merges: pairs of pieces that become one piece; the first has rank 0.
+    patterns: how a text is split into words. added: id of each special token. With ignore_merges, a
+    word that is in the vocabulary becomes one piece without any merge.
+
+    The methods have the names of sentencepiece.SentencePieceProcessor, so Tokenizer uses both in
+    the same way.
+    """
+
+    def __init__(self, vocab, merges, patterns, added, ignore_merges=False):
+        self.vocab: dict[str, int] = vocab
+        self.ranks: dict[tuple[str, str], int] = {pair: rank for rank, pair in enumerate(merges)}
+        self.patterns: list[re.Pattern] = patterns
+        self.added: dict[str, int] = added
+        self.ignore_merges: bool = ignore_merges
+        self.piece_of = {i: piece for piece, i in vocab.items() if piece not in added}
+        # Words repeat, so remember the pieces of many words.
+        self.split_word = lru_cache(maxsize=50_000)(self.split_word)
+
+    @classmethod
+    def from_json(cls, file: Path) -> "BytePairs":
+        """Read tokenizer.json. Raise ValueError if it asks for something that is not built here."""
+        raw = read_json(file)
+        try:
+            check_kind(raw)
+            model = raw["model"]
+            # Old files write a merge as "a b", new files as ["a", "b"].
+            merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+            added = {token["content"]: token["id"] for token in raw["added_tokens"]}
+            patterns = split_patterns(raw["pre_tokenizer"] or {})
+            pairs = cls(model["vocab"], merges, patterns, added, model.get("ignore_merges"))
+            pairs.check_pieces()
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{file} cannot be read as byte-level BPE: {error}; use another LLM, or copy the "
+                f"file again"
+            ) from error
+        return pairs
+
+    def check_pieces(self):
+        """Raise ValueError if pieces, ids and merges do not go together."""
+        for a, b in self.ranks:
+            if not {a, b, a + b} <= self.vocab.keys():
+                raise ValueError(
+                    f"the merge {a!r} + {b!r} has a piece that is not in the vocabulary"
+                )
+        ids = self.vocab.values()
+        if not all(type(i) is int and i >= 0 for i in ids) or len(set(ids)) < len(ids):
+            raise ValueError("the ids of the pieces are not different integers >= 0")
+        if others := set("".join(self.piece_of.values())) - BYTE_OF.keys():
+            raise ValueError(f"no byte has the character {min(others)!r}")
+
+    def encode(self, text: str) -> list[int]:
+        words = [text]
+        for pattern in self.patterns:  # step 1
+            words = [word for part in words for word in pattern.findall(part)]
+        return [self.vocab[piece] for word in words for piece in self.split_word(word)]  # step 4
+
+    def split_word(self, word: str) -> list[str]:
+        """The pieces of one word.
+
+        A byte that is not in the vocabulary is left out, as in the library tokenizers. SmolLM2 does
+        not have 21 bytes: some control characters, and bytes that UTF-8 does not or rarely use.
+        """
+        characters = "".join(BYTE_CHARACTERS[byte] for byte in word.encode())  # step 2
+        if self.ignore_merges and characters in self.vocab:
+            return [characters]
+        pieces = [character for character in characters if character in self.vocab]
+        while len(pieces) > 1:  # step 3: the merge with the lowest rank, at its leftmost place
+            ranks = [self.ranks.get(pair, math.inf) for pair in pairwise(pieces)]
+            lowest = min(ranks)
+            if lowest == math.inf:
+                break
+            i = ranks.index(lowest)
+            pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+        return pieces
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids -> text. Bytes that are not valid UTF-8 become U+FFFD."""
+        characters = "".join(self.piece_of[i] for i in ids)
+        return bytes(BYTE_OF[character] for character in characters).decode(errors="replace")
+
+    def vocab_size(self) -> int:
+        return max(self.vocab.values()) + 1
+
+    def is_control(self, i: int) -> bool:
+        return i not in self.piece_of
+
+    def piece_to_id(self, piece: str) -> int:
+        return self.vocab.get(piece, self.unk_id())
+
+    def unk_id(self) -> int:
+        return -1  # as in sentencepiece, if there is no such token
+
+    bos_id = eos_id = unk_id  # tokenizer.json does not say which tokens these are
+
+
+def check_kind(raw: dict):
+    """Raise ValueError if a tokenizer.json is not byte-level BPE, or has more than that."""
+    model, decoder = raw["model"], raw["decoder"] or {}
+    # null, false and "" switch a setting off.
+    settings = {"type": model["type"], "normalizer": raw["normalizer"], "decoder": decoder["type"]}
+    settings |= {
+        k: v for k, v in model.items() if v and k not in ("vocab", "merges", "ignore_merges")
+    }
+    supported = {"type": "BPE", "normalizer": None, "decoder": "ByteLevel"}
+    unsupported = {k: v for k, v in settings.items() if supported.get(k) != v}
+    if unsupported:
+        raise ValueError(f"{unsupported!r:.200} is not supported")
+
+
 class Tokenizer:
-    """Text <-> ids with the tokenizer.model of a checkpoint.
+    """Text <-> ids with the tokenizer of a checkpoint, see tokenizer_files.
 
     For `encode`, "</s>" in a text is four ordinary characters, not the end token. A prompt gets its
     special tokens by id (`special_id`). The JSON files in the folder contain these ids.
@@ -439,32 +689,27 @@ class Tokenizer:
 
     def __init__(self, folder):
         folder = Path(folder)
-        self.pieces = load_sentencepiece(folder / "tokenizer.model")
-        names = ("config.json", "tokenizer_config.json", "added_tokens.json")
-        files = [folder / name for name in names]
-        # Each of these files may be missing.
-        config, settings, added = (read_json(file) if file.is_file() else {} for file in files)
-        try:
-            tokens = settings.get("added_tokens_decoder", {})
-            added |= {token["content"]: int(i) for i, token in tokens.items()}
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f'{files[1]}: added_tokens_decoder must map ids to objects with "content", found '
-                f"{tokens!r:.60}"
-            ) from error
-        # Tokens that are not in tokenizer.model, such as <|im_start|> (ChatML marks the start and
-        # the end of each turn of a chat with such tokens).
+        self.file = folder / tokenizer_files(folder)[0]
+        if self.file.suffix == ".json":
+            self.pieces = BytePairs.from_json(self.file)
+            added, generation = self.pieces.added, read_optional(folder / "generation_config.json")
+        else:
+            self.pieces = load_sentencepiece(self.file)
+            added, generation = read_added_tokens(folder), {}
+        # Special tokens that are not pieces, such as <|im_start|> (ChatML marks the start and the
+        # end of each turn of a chat with such tokens).
         self.added: dict[str, int] = added
+        config = read_optional(folder / "config.json")
         bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
         self.bos_id: int = self.pieces.bos_id() if bos is None else bos
-        eos = self.pieces.eos_id() if eos is None else eos
-        # Generation stops at any of these tokens.
-        self.eos_ids: list[int] = eos if isinstance(eos, list) else [eos]
+        ends = [self.pieces.eos_id() if eos is None else eos, generation.get("eos_token_id", [])]
+        # Each of the two can be one id or a list. Generation stops at any of these tokens.
+        self.eos_ids: list[int] = [i for end in ends for i in (end if type(end) is list else [end])]
         ids = [self.bos_id, *self.eos_ids, *self.added.values()]
         if not self.eos_ids or not all(type(i) is int and i >= 0 for i in ids):
             raise ValueError(
                 f"{folder}: ids of special tokens must be integers >= 0; correct bos_token_id "
-                f"{bos!r:.40}, eos_token_id {eos!r:.40}, added {self.added!r:.60}"
+                f"{bos!r:.40}, eos_token_id {ends!r:.60}, added {self.added!r:.60}"
             )
         self.eos_id: int = self.eos_ids[0]  # training puts this one at the end of an answer
         self.n_pieces: int = self.pieces.vocab_size()  # without added tokens
@@ -483,3 +728,20 @@ class Tokenizer:
         if token_id == self.pieces.unk_id():
             raise ValueError(f"this tokenizer has no {piece} token; choose another template")
         return token_id
+
+
+def read_optional(file: Path) -> dict:
+    return read_json(file) if file.is_file() else {}
+
+
+def read_added_tokens(folder: Path) -> dict[str, int]:
+    """The ids of the tokens that a folder adds to those in tokenizer.model."""
+    settings, added = (read_optional(folder / name) for name in SENTENCEPIECE_FILES[1:])
+    tokens = settings.get("added_tokens_decoder", {})
+    try:
+        return added | {token["content"]: int(i) for i, token in tokens.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder / SENTENCEPIECE_FILES[1]}: added_tokens_decoder must map ids to objects with "
+            f'"content", found {tokens!r:.60}'
+        ) from error

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from data import IGNORE, TEMPLATES, Batch, prompt_ids
-from llama import TOKENIZER_FILES, Llama, Tokenizer, check_fields
+from llama import Llama, Tokenizer, check_fields, tokenizer_files
 from lora import add_lora, lora_layers
 from whisper_encoder import (
     WhisperEncoder,
@@ -399,7 +399,7 @@ def fingerprint(base: Path, name: str) -> str:
 
     These are its weights and config.json, and for an LLM the files of the tokenizer.
     """
-    others = ["config.json", *(TOKENIZER_FILES if name == "llm" else ())]
+    others = ["config.json", *(tokenizer_files(base) if name == "llm" else ())]
     files = weight_files(base) + [base / other for other in others if (base / other).is_file()]
     digest = hashlib.sha256()
     for file in sorted(files):

@@ -21,9 +21,12 @@ from data import (
     AUDIO_ID,
     BOS,
     EOS,
+    EOT,
     IGNORE,
     IM_END,
     IM_START,
+    ROLE_END,
+    ROLE_START,
     Batches,
     Example,
     Row,
@@ -31,11 +34,13 @@ from data import (
 from llama import Tokenizer
 from toys import tone, write
 
+ADDED = {name: 1295 + i for i, name in enumerate(data.NAMED_TOKENS)}
+
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = toys.llama_folder(tmp_path_factory.mktemp("bases") / "llama")
-    (folder / "added_tokens.json").write_text(json.dumps({IM_START: 1298, IM_END: 1299}))
+    (folder / "added_tokens.json").write_text(json.dumps(ADDED))
     return Tokenizer(folder)
 
 
@@ -453,6 +458,29 @@ for task, instruction in {
         (answer, True),
         (IM_END, True),
     ]
+    PICTURES["smollm2", task] = [
+        (IM_START, False),
+        ("system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face", False),
+        (IM_END, False),
+        ("\n", False),
+        *PICTURES["chatml", task][1:],
+    ]
+    PICTURES["llama3", task] = [
+        (BOS, False),
+        (ROLE_START, False),
+        ("user", False),
+        (ROLE_END, False),
+        ("\n\n", False),
+        (AUDIO, False),
+        (f"\n{instruction}", False),
+        (EOT, False),
+        (ROLE_START, False),
+        ("assistant", False),
+        (ROLE_END, False),
+        ("\n\n", False),
+        (answer, True),
+        (EOT, True),
+    ]
     PICTURES["plain", task] = [
         (BOS, False),
         (AUDIO, False),
@@ -468,11 +496,11 @@ def test_every_template_and_task_is_tested():
 
 @pytest.mark.parametrize(("template", "task"), PICTURES)
 def test_only_the_answer_and_its_end_token_have_labels(tokenizer, template, task):
-    special = {BOS: [1], EOS: [2], AUDIO: [AUDIO_ID], IM_START: [1298], IM_END: [1299]}
+    special = {BOS: 1, EOS: 2, AUDIO: AUDIO_ID} | ADDED
     expected = [
         (i, i if is_answer else IGNORE)
         for piece, is_answer in PICTURES[template, task]
-        for i in special.get(piece) or tokenizer.encode(piece)
+        for i in ([special[piece]] if piece in special else tokenizer.encode(piece))
     ]
     ids, labels = data.answer_row(Example(STUDIED, task), tokenizer, template)
     assert list(zip(ids, labels, strict=True)) == expected

@@ -17,7 +17,8 @@ from llama import Llama, LlamaConfig, RMSNorm, Tokenizer, rotary_angles, rotate
 from make_golden import GOLDEN, LLAMAS, SMALL
 from toys import FAULTS, INTEGERS, LLAMA, llama_folder, made_up, peak_memory, shard
 
-TOY = LlamaConfig(**{name: (LLAMA | SMALL)[name] for name in LlamaConfig.__dataclass_fields__})
+SIZES = {k: v for k, v in (LLAMA | SMALL).items() if k in LlamaConfig.__dataclass_fields__}
+TOY = LlamaConfig(**SIZES)
 
 
 def assert_close(ours, theirs, atol):
@@ -82,7 +83,7 @@ def test_attention_is_the_textbook_attention_with_repeated_keys(tmp_path, n_kv):
     attention = Llama.from_pretrained(folder).requires_grad_(False).model.layers[0].self_attn
     B, T, Dh = 2, 5, LLAMA["head_dim"]
     x = made_up("x", (B, T, LLAMA["hidden_size"]), 1.0)
-    cos, sin = rotary_angles(torch.arange(T)[None], Dh, LLAMA["rope_theta"])
+    cos, sin = rotary_angles(torch.arange(T)[None], TOY)
 
     q, k, v = (
         proj(x).unflatten(-1, (-1, Dh)).transpose(1, 2)
@@ -98,7 +99,7 @@ def test_attention_is_the_textbook_attention_with_repeated_keys(tmp_path, n_kv):
 def test_a_rotation_is_a_complex_product_of_dimension_i_and_i_plus_half():
     x = made_up("x", (1, 1, 4, 6), 1.0)
     position = torch.tensor([[0, 1, 5, 900]])
-    ours = rotate(x, *rotary_angles(position, 6, 10_000.0))
+    ours = rotate(x, *rotary_angles(position, TOY))
 
     turn = torch.tensor([10_000.0 ** (-i / 3) for i in range(3)])
     angle = position[0][:, None] * turn  # (T, Dh/2)
@@ -267,11 +268,11 @@ def test_rope_theta_is_read_from_rope_parameters(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     (
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type.*llama3.*factor"),
+        ({"rope_scaling": {"rope_type": "default", "factor": 8.0}}, "'factor': 8.0"),
         ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn"}}, "rope_type.*yarn"),
         (
-            {"rope_scaling": {}, "rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
-            "rope_type.*llama3",
+            {"rope_scaling": {}, "rope_parameters": {"rope_type": "dynamic", "factor": 8.0}},
+            "rope_type.*dynamic",
         ),
         ({"attention_bias": True}, "'attention_bias': True"),
         ({"mlp_bias": True}, "'mlp_bias': True"),
@@ -332,6 +333,10 @@ def test_an_inner_rope_theta_gives_the_logits_of_transformers(tmp_path, name):
     assert_close(ours, make_golden.their_logits(folder), 5e-5)
 
 
+SCALED = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)  # fmt: skip
 NOT_SIZES = ("8", 8.5, True, [8], {}, 0, -8, 10**9, 10**400, float("nan"))
 NOT_NUMBERS = ("8", True, [8], {}, 0, -8, 10**400, float("nan"), float("inf"))
 
@@ -339,7 +344,7 @@ NOT_NUMBERS = ("8", True, [8], {}, 0, -8, 10**400, float("nan"), float("inf"))
 @pytest.mark.parametrize("name", LlamaConfig.__dataclass_fields__)
 def test_a_value_of_another_type_or_size_is_an_error_that_names_it(tmp_path, name):
     path = llama_folder(tmp_path / "llama", **SMALL) / "config.json"
-    right = json.loads(path.read_text())
+    right = json.loads(path.read_text()) | SCALED
     kind = LlamaConfig.__dataclass_fields__[name].type
     for value in {int: NOT_SIZES, float: NOT_NUMBERS, bool: ("true", 1, [])}[kind]:
         path.write_text(json.dumps(right | {name: value}))
@@ -355,7 +360,9 @@ def test_rotary_settings_must_be_an_object(tmp_path, name, value):
         LlamaConfig.from_json(rewrite_config(folder, **{name: value}))
 
 
-@pytest.mark.parametrize("change", ({"num_key_value_heads": 4}, {"head_dim": 5}))
+@pytest.mark.parametrize(
+    "change", ({"num_key_value_heads": 4}, {"head_dim": 5}, SCALED | {"high_freq_factor": 1.0})
+)
 def test_sizes_that_do_not_go_together_are_an_error(tmp_path, change):
     folder = llama_folder(tmp_path / "llama", **SMALL)
     with pytest.raises(ValueError, match="must divide num_attention_heads, head_dim must"):
@@ -575,17 +582,15 @@ def test_without_special_ids_in_the_config_those_of_the_tokenizer_are_used(tmp_p
 def test_a_folder_without_a_tokenizer_is_an_error_that_names_it(tmp_path):
     folder = llama_folder(tmp_path / "llama")
     (folder / "tokenizer.model").unlink()
-    with pytest.raises(FileNotFoundError, match="has no tokenizer.model; download"):
-        Tokenizer(folder)
-    (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="only a tokenizer.json; use another LLM"):
+    message = "has no tokenizer.model and no tokenizer.json; download one"
+    with pytest.raises(FileNotFoundError, match=message):
         Tokenizer(folder)
 
 
-def test_a_tokenizer_of_llama_3_is_an_error_that_names_it(tmp_path):
+def test_a_tokenizer_in_the_other_format_of_llama_3_is_an_error_that_names_the_right_file(tmp_path):
     folder = llama_folder(tmp_path / "llama")
     (folder / "tokenizer.model").write_text("IQ== 0\nIg== 1\nIw== 2\n")
-    with pytest.raises(ValueError, match="tokenizer.model cannot be read .*format of Llama 3"):
+    with pytest.raises(ValueError, match="tokenizer.model cannot be read .*tokenizer.json of this"):
         Tokenizer(folder)
 
 

@@ -64,7 +64,8 @@ def llama_folder(folder: Path, **changes) -> Path:
     """A Llama folder with the tokenizer of the embedded model."""
     folder.mkdir(parents=True)
     config = LLAMA | changes
-    llama = Llama(LlamaConfig(**{k: config[k] for k in LlamaConfig.__dataclass_fields__}))
+    sizes = {k: v for k, v in config.items() if k in LlamaConfig.__dataclass_fields__}
+    llama = Llama(LlamaConfig(**sizes))
     weights = fill(llama)
     if config["tie_word_embeddings"]:
         weights.pop("lm_head.weight")
