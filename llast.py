@@ -56,7 +56,7 @@ from whisper_encoder import (
     weight_files,
 )
 
-FORMAT = 2  # version of the format of llast.json and llast.safetensors
+FORMAT = 3  # version of the format of llast.json and llast.safetensors
 BASE_FIELDS = ("encoder", "llm")  # the fields of LLaSTConfig that name a base model
 
 # LoRA changes every linear layer of both base models except the head of the LLM. The original
@@ -68,9 +68,8 @@ LLM_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 def pick_device() -> tuple[torch.device, torch.dtype, str]:
     """The device, the precision of the frozen weights, and a sentence that explains the choice."""
     if not torch.cuda.is_available():
-        n = torch.get_num_threads()
-        threads = "1 thread" if n == 1 else f"{n} threads"
-        return torch.device("cpu"), torch.float32, f"no CUDA device: CPU with {threads}, float32"
+        reason = f"no CUDA device: CPU (threads: {torch.get_num_threads()}), float32"
+        return torch.device("cpu"), torch.float32, reason
     name = torch.cuda.get_device_name()
     if torch.cuda.is_bf16_supported():
         return torch.device("cuda"), torch.bfloat16, f"{name}, frozen weights in bfloat16"
@@ -113,6 +112,9 @@ class LLaSTConfig:
     # What it was trained on. st: speech translation. asr: automatic speech recognition, that is, to
     # write the words in the spoken language.
     tasks: tuple[str, ...] = ("st", "asr")
+    # The score of an answer is minus the mean loss of its tokens. An answer with a larger loss than
+    # this one is unlikely to be right. train.py measures the limit at the end.
+    max_loss: float = 100.0
 
 
 class Projector(nn.Module):

@@ -289,9 +289,8 @@ def print_samples(model: LLaST, rows: list[Row]):
     """Print three dev clips with their reference and the translation of the model."""
     for row in random.Random(0).sample(rows, min(3, len(rows))):
         [result] = translate(model, [row.path], "st", row.source, row.target, ONE_BEAM)
-        tqdm.write(f"    said      {row.sentence}")
-        tqdm.write(f"    expected  {row.translation}")
-        tqdm.write(f"    got       {result.text}")
+        layout = "    said      {}\n    expected  {}\n    got       {}"
+        tqdm.write(layout.format(row.sentence, row.translation, result.text))
 
 
 # ----------------------------------------------------------------------------------------- the loop
@@ -552,7 +551,7 @@ def run(args: argparse.Namespace) -> int:
             train_epochs(model, batches, settings, report.after_step, report.after_epoch, state)
         for path, reason in (batches.skipped | dev.skipped).items():
             print(f"left out, because it cannot be read: {path}: {reason}")
-        finish(model, splits["test"], settings, out, start_time)
+        finish(model, splits, settings, out, start_time)
     except ValueError as error:
         raise ValueError(f"{error}\n{saved_in(out)}") from error
     except KeyboardInterrupt:
@@ -678,8 +677,7 @@ class Report:
         self.start_time = self.step_start = self.last_save = time.perf_counter()
         self.log_works = True
         # disable=None: no progress bar if stderr is not a terminal
-        options = dict(unit="step", leave=False, dynamic_ncols=True, disable=None)
-        self.bar = tqdm(initial=state.step, **options)
+        self.bar = tqdm(initial=state.step, unit="step", leave=False, disable=None)
 
     def after_step(self, step: Step):
         loss, now = step.losses.mean().item(), time.perf_counter()
@@ -726,11 +724,18 @@ class Report:
             self.log_works = False
 
 
-def finish(model: LLaST, rows: list[Row], settings: Preset, out: Path, start_time: float):
-    """Write and print the test scores of every direction, and print how to use the model."""
+def finish(model: LLaST, splits: dict, settings: Preset, out: Path, start_time: float):
+    """Write and print the test scores of every direction, and print how to use the model.
+
+    Also save the limit above which translate.py calls an answer unlikely.
+    """
     results, search = {}, SearchOptions(settings.beams)
     merge_lora(model)  # From here on the model only translates, and merged weights are faster.
-    for direction, group in by_direction(rows).items():
+    dev = by_direction(splits["dev"]).values()
+    lowest = min(score_rows(model, rows, search=search)["low_score"] for rows in dev)
+    model.config = replace(model.config, max_loss=-lowest)
+    model.save_pretrained(out)
+    for direction, group in by_direction(splits["test"]).items():
         with explain_out_of_memory(f"on a test clip ({saved_in(out)})", ADVICE_MODELS):
             tsv = out / f"test.{direction}.tsv"
             results[direction] = score_rows(model, group, tsv, search, progress=True)

@@ -13,7 +13,6 @@ D LLM width, N samples (16 kHz), T text tokens, S audio positions.
 import argparse
 import json
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -33,9 +32,10 @@ from lora import merge_lora
 from whisper_encoder import MAX_SECONDS, SAMPLE_RATE, AudioError, audio_seconds, load_audio
 
 HERE = Path(__file__).parent
-# Suffixes of the files that libsndfile can read, and of those that must be converted first.
-AUDIO_FILES = tuple(".wav .flac .ogg .oga .opus .mp3 .mp2 .aif .aiff .au .caf .w64 .sph".split())
-OTHER_AUDIO_FILES = tuple(".m4a .mp4 .aac .webm .wma .amr .3gp .mka .mkv .mov".split())
+# Suffixes of audio files. Those of the second line cannot be read: their error names the command
+# that converts them.
+AUDIO_FILES = ".wav .flac .ogg .oga .opus .mp3 .mp2 .aif .aiff .au .caf .w64 .sph".split()
+AUDIO_FILES += ".m4a .mp4 .aac .webm .wma .amr .3gp .mka .mkv .mov".split()
 
 # Languages without spaces between words, and the tokenizer of sacreBLEU for each. All other
 # languages use 13a. The original uses the same tokenizers, and BLEU scores with different
@@ -232,6 +232,7 @@ class Translation:
     score: float | None = None  # see Hypothesis.score; for a long clip the mean of its pieces
     tokens: int = 0  # of the text, end tokens included
     n_best: list[dict] = field(default_factory=list)  # text and score, the best one first
+    unlikely: bool = False  # the loss is above config.max_loss: silence or unknown words?
     error: str | None = None
     # Only for a clip over 30 s: start (in seconds), end and text of each piece.
     pieces: list[dict] = field(default_factory=list)
@@ -358,7 +359,7 @@ def answer(model: LLaST, ids: Tensor, inputs: list, embed, search) -> list[list[
     return answers
 
 
-def join_pieces(clip: Clip, n_best: int, space: str) -> Translation:
+def join_pieces(clip: Clip, n_best: int, space: str, max_loss=torch.inf) -> Translation:
     """Join the best texts of the pieces of a clip. Its score is the mean of their scores.
 
     Each piece counts equally, whatever its length is.
@@ -369,6 +370,7 @@ def join_pieces(clip: Clip, n_best: int, space: str) -> Translation:
     text = space.join(hypothesis.text for hypothesis in best if hypothesis.text)
     score = round(sum(hypothesis.score for hypothesis in best) / len(best), 4)
     result = Translation(clip.name, text, score, sum(hypothesis.length for hypothesis in best))
+    result.unlikely = -score > max_loss
     hypotheses = clip.pieces[0].hypotheses[:n_best] if len(best) == 1 else [result]
     result.n_best = [{"text": h.text, "score": h.score} for h in hypotheses]
     for piece in clip.pieces if len(best) > 1 else ():
@@ -403,6 +405,9 @@ def translate_in_order(
         raise ValueError(f"task {task}: the model was trained on {', '.join(model.config.tasks)}")
     ids = ids_of_prompt(model, task, source, target)
     space = "" if (source if task == "asr" else target) in TOKENIZERS else " "
+    # max_loss was measured with translations, whose scores were divided by the plain length.
+    is_comparable = task == "st" and search.length_penalty == 1
+    details = n_best, space, model.config.max_loss if is_comparable else torch.inf
     waiting = [Clip(clip) for clip in clips]  # clips whose result is not yielded yet, in order
     pieces = load_pieces([*waiting], batch_size, progress, change)  # a copy: `waiting` shrinks
     was_training = model.training
@@ -413,11 +418,11 @@ def translate_in_order(
             for piece, hypotheses in zip(batch, answers, strict=True):
                 piece.hypotheses, piece.audio = hypotheses, None
             while waiting and waiting[0].is_finished():
-                yield join_pieces(waiting.pop(0), n_best, space)
+                yield join_pieces(waiting.pop(0), *details)
         # Clips that are left here have errors and come after the last batch.
-        yield from (join_pieces(clip, n_best, space) for clip in waiting)
+        yield from (join_pieces(clip, *details) for clip in waiting)
     except KeyboardInterrupt:
-        yield from (join_pieces(clip, n_best, space) for clip in waiting if clip.is_finished())
+        yield from (join_pieces(clip, *details) for clip in waiting if clip.is_finished())
         raise
     finally:
         model.train(was_training)
@@ -477,13 +482,19 @@ def read_splits(corpus: Path, source: str, target: str, wanted=()) -> dict[str, 
 
 
 def score_rows(model, rows: list[Row], tsv=None, search=SearchOptions(), **options) -> dict:
-    """Translate rows of one direction and score the translations."""
+    """Translate rows of one direction and score the translations.
+
+    "low_score" is the score that 98 % of the translations reach.
+    """
     source, target = rows[0].source, rows[0].target
     metrics(target)  # report a missing package before the long work
     paths, references = [row.path for row in rows], [row.translation for row in rows]
     results = translate(model, paths, "st", source, target, search, **options)
     failed = write_results(rows, references, results, tsv)
-    return score([r.text for r in results], references, target) | {"failed": failed}
+    scores = torch.tensor([result.score for result in results if not result.error] or [-100.0])
+    low_score = round(scores.quantile(0.02).item(), 4)
+    counts = {"failed": failed, "low_score": low_score}
+    return score([r.text for r in results], references, target) | counts
 
 
 def write_results(rows: list[Row], references: list, results: list, tsv: Path | None) -> int:
@@ -518,7 +529,7 @@ def audio_paths(arguments: list[str]) -> list[Path]:
     for argument in map(Path, arguments):
         clips = [argument]
         if os.path.isdir(argument):  # Path.is_dir raises an error for a name that is too long
-            clips = clips_in(argument)
+            clips = [f for f in sorted(argument.iterdir()) if f.suffix.lower() in AUDIO_FILES]
         elif argument.suffix == ".txt":  # surrogateescape keeps names that are not UTF-8
             lines = argument.read_text("utf-8-sig", "surrogateescape").splitlines()
             clips = [argument.parent / line.strip() for line in lines if line.strip()]
@@ -526,16 +537,6 @@ def audio_paths(arguments: list[str]) -> list[Path]:
             raise ValueError(f"{argument} has no clips; expected audio such as .wav, .mp3, .flac")
         paths += clips
     return paths
-
-
-def clips_in(folder: Path) -> list[Path]:
-    """Return the audio files of a folder. Print those that must be converted first."""
-    files = sorted(folder.iterdir())
-    for file in files:
-        if file.suffix.lower() in OTHER_AUDIO_FILES:
-            command = shlex.join(["ffmpeg", "-i", str(file), str(file.with_suffix(".flac"))])
-            print(f"skipped {file}; convert it with: {command}", file=sys.stderr)
-    return [file for file in files if file.suffix.lower() in AUDIO_FILES]
 
 
 def choose_direction(model: LLaST, lang: str | None, folder: Path, task: str) -> tuple[str, str]:
@@ -605,7 +606,11 @@ def print_json(value: dict, file=None):
 
 
 def show(result: Translation, as_json: bool, n_best: int = 1):
-    """Print one line for a clip, or one line for each of its n_best hypotheses."""
+    """Print one line for a clip, or one line for each of its n_best hypotheses.
+
+    If the best hypothesis has a low score, the lines end with a tab and the word "unlikely".
+    """
+    mark = "\tunlikely" if result.unlikely else ""
     if as_json:
         print_json(asdict(result))
     elif result.error:
@@ -613,7 +618,7 @@ def show(result: Translation, as_json: bool, n_best: int = 1):
     else:
         for best in result.n_best:
             score = f"{best['score']:.3f}\t" if n_best > 1 else ""
-            tqdm.write(f"{result.path}\t{score}{' '.join(best['text'].split())}")
+            tqdm.write(f"{result.path}\t{score}{' '.join(best['text'].split())}{mark}")
 
 
 def build_parser() -> argparse.ArgumentParser:

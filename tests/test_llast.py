@@ -432,10 +432,10 @@ def test_a_save_that_stops_between_its_files_leaves_a_model_that_loads(tree, mon
     assert torch.equal(losses(LLaST.from_pretrained(tree / "run")), losses(model))
 
 
-@pytest.mark.parametrize("number", [1, 3, "2", None])
+@pytest.mark.parametrize("number", [1, 2, "3", None])
 def test_another_version_of_the_format_is_an_error(tree, number):
     change_description(tree, lambda d: d["versions"].update(llast=number))
-    with pytest.raises(ValueError, match=f"llast.json has format {number!r}, but .* reads only 2"):
+    with pytest.raises(ValueError, match=f"llast.json has format {number!r}, but .* reads only 3"):
         LLaST.from_pretrained(tree / "run")
 
 

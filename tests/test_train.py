@@ -369,8 +369,10 @@ def test_a_run_writes_the_files_that_the_readme_names(monkeypatch, corpus, tmp_p
     assert "--lang de-en " in command and f"{CORPUS.name}/de/clips/" in command
     clip = next((corpus / "de" / "clips").iterdir())
     short = SearchOptions(max_new_tokens=4)
-    [result] = translate(LLaST.from_pretrained(out), [clip], source="de", search=short)
+    model = LLaST.from_pretrained(out)
+    [result] = translate(model, [clip], source="de", search=short)
     assert result.error is None
+    assert 0 < model.config.max_loss < 20
 
 
 def test_a_folder_with_a_model_or_with_other_files_is_refused_and_not_changed(

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -573,13 +574,21 @@ def test_the_table_has_every_clip_and_names_the_failed_ones(tmp_path, capsys, mo
     results[1] = translate.Translation("1.mp3", error="1.mp3: no such file")
     monkeypatch.setattr(translate, "translate", lambda *args, **options: results)
     scores = score_rows(None, rows, tmp_path / "out.tsv")
-    assert scores == score(texts, list("abcd")) | {"failed": 1}
+    assert scores == score(texts, list("abcd")) | {"failed": 1, "low_score": -0.5}
     assert capsys.readouterr().err == "scored as an empty text: 1.mp3: no such file\n"
     with open(tmp_path / "out.tsv", encoding="utf-8", newline="") as file:
         head, *table = csv.reader(file, delimiter="\t")  # the dialect of pandas and spreadsheets
     assert head == ["clip", "reference", "hypothesis", "score", "error"]
     assert [cells[2] for cells in table] == [texts[0], "", "two lines and a tab", texts[3]]
     assert table[1] == ["1.mp3", "b", "", "", "1.mp3: no such file"]
+
+
+def test_98_percent_of_the_translations_reach_the_low_score(monkeypatch):
+    scores = [*torch.linspace(-2, -1, 101).tolist(), None]  # None: a clip with an error
+    results = [translate.Translation("a.wav", "a", s, error="" if s else "broken") for s in scores]
+    monkeypatch.setattr(translate, "translate", lambda *args, **options: results)
+    rows = [Row(Path("a.wav"), "a", "a", "fr", "en", 1.0)] * len(results)
+    assert score_rows(None, rows)["low_score"] == -1.98
 
 
 def test_the_target_chooses_the_tokenizer_of_a_test_set(monkeypatch):
@@ -624,6 +633,24 @@ def test_n_best_prints_n_lines_with_scores(command, quick, clips):
     assert code == 2 and "--n-best 4 needs at least 4 beams, but --beams is 3" in err
 
 
+def test_an_answer_with_a_low_score_is_called_unlikely(made, clips, command):
+    model = LLaST.from_pretrained(made / "trained")
+    results = translate.translate(model, toys.good(clips), search=THREE)
+    middle = sorted(result.score for result in results)[1]
+    assert not any(result.unlikely for result in results), "a new model has no limit"
+    model.config = replace(model.config, max_loss=-middle - 1e-4)
+    model.save_pretrained(made / "unsure")
+    beams = ("--model", made / "unsure", "--max-new-tokens", 6, "--beams", 3)
+    _, lines, _ = command(*beams, *toys.good(clips))
+    expected = ["\tunlikely" if result.score <= middle else "" for result in results]
+    assert lines == [f"{r.path}\t{r.text}{mark}" for r, mark in zip(results, expected)]
+    _, lines, _ = command(*beams, "--json", *toys.good(clips))
+    assert [json.loads(line)["unlikely"] for line in lines] == [mark != "" for mark in expected]
+    for other in (["--task", "asr"], ["--length-penalty", 0]):  # their scores are other numbers
+        _, lines, _ = command(*beams, *other, *toys.good(clips))
+        assert not any(line.endswith("unlikely") for line in lines)
+
+
 def test_a_folder_and_a_list_can_name_clips(command, quick, clips, tmp_path):
     for path in toys.good(clips):
         shutil.copy(path, tmp_path)
@@ -645,14 +672,13 @@ def test_a_folder_gives_every_format_that_can_be_read(clips, tmp_path, suffix):
     assert translate.audio_paths([str(tmp_path)]) == [tmp_path / f"a{suffix}"]
 
 
-def test_other_audio_of_a_folder_is_named_with_the_command_that_converts_it(tmp_path, capsys):
-    toys.write(tmp_path / "a.wav", np.zeros(1600))
-    for name in ("b.m4a", "c.WMA", "notes.md"):
-        (tmp_path / name).touch()
-    assert translate.audio_paths([str(tmp_path)]) == [tmp_path / "a.wav"]
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and all("skipped" in line and "ffmpeg -i" in line for line in lines)
-    assert "b.m4a" in lines[0] and "c.WMA" in lines[1]
+def test_a_file_of_a_folder_that_must_be_converted_is_an_error(command, quick, clips, tmp_path):
+    shutil.copy(clips / "good0.wav", tmp_path)
+    (tmp_path / "b.m4a").write_bytes(b"not readable")
+    (tmp_path / "notes.md").touch()
+    code, lines, err = command(*quick, tmp_path)
+    assert code == 1 and len(lines) == 1
+    assert err.startswith(f"{tmp_path / 'b.m4a'}: ") and "convert it with ffmpeg -i" in err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="names are Unicode there")
