@@ -74,6 +74,7 @@ def run(notebook: nbformat.NotebookNode, folder: Path):
         notebook,
         timeout=900,
         record_timing=False,
+        coalesce_streams=True,
         resources={"metadata": {"path": str(folder)}},
     ).execute()
     notebook.metadata.pop("language_info", None)  # it has the version of Python
