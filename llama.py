@@ -114,17 +114,14 @@ class LlamaConfig:
                 raise ValueError(f"{path}: {name} must be an object, found {inner!r:.60}")
             raw |= {key: value for key, value in inner.items() if value is not None}
         is_scaled = raw.get("rope_type") == "llama3"
-        required = SUPPORTED_VALUES | (
-            {"rope_type": "llama3"} if is_scaled else dict.fromkeys(NO_SCALING)
-        )
+        required = SUPPORTED_VALUES | ({"rope_type": "llama3"} if is_scaled else NO_SCALING)
         unsupported = {k: raw[k] for k, value in required.items() if raw.get(k, value) != value}
         if unsupported:
             raise ValueError(f"{path}: not supported: {unsupported!r:.200}; use another model")
 
         # Old config.json files do not have these two values.
         raw = {"rope_theta": 10_000.0, "tie_word_embeddings": False} | raw
-        if not is_scaled:
-            raw |= NO_SCALING
+        raw = raw if is_scaled else raw | NO_SCALING
         D, H = raw.get("hidden_size"), raw.get("num_attention_heads")
         raw.setdefault("num_key_value_heads", H)
         # check_fields below reports wrong types. This division must not fail before that.

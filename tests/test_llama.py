@@ -17,8 +17,7 @@ from llama import Llama, LlamaConfig, RMSNorm, Tokenizer, rotary_angles, rotate
 from make_golden import GOLDEN, LLAMAS, SMALL
 from toys import FAULTS, INTEGERS, LLAMA, llama_folder, made_up, peak_memory, shard
 
-SIZES = {k: v for k, v in (LLAMA | SMALL).items() if k in LlamaConfig.__dataclass_fields__}
-TOY = LlamaConfig(**SIZES)
+TOY = LlamaConfig(**{name: (LLAMA | SMALL)[name] for name in LlamaConfig.__dataclass_fields__})
 
 
 def assert_close(ours, theirs, atol):

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data import write_table
-from llama import Llama, LlamaConfig
+from llama import NO_SCALING, Llama, LlamaConfig
 from llast import LLaST, LLaSTConfig
 from whisper_encoder import WhisperConfig, WhisperEncoder
 
@@ -28,7 +28,7 @@ WHISPER = dict(
 LLAMA = dict(
     hidden_size=36, intermediate_size=52, num_hidden_layers=2, num_attention_heads=6,
     num_key_value_heads=3, head_dim=6, vocab_size=1300, rms_norm_eps=1e-5, rope_theta=10000.0,
-    tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+    tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, **NO_SCALING,
 )  # fmt: skip
 
 
@@ -64,8 +64,7 @@ def llama_folder(folder: Path, **changes) -> Path:
     """A Llama folder with the tokenizer of the embedded model."""
     folder.mkdir(parents=True)
     config = LLAMA | changes
-    sizes = {k: v for k, v in config.items() if k in LlamaConfig.__dataclass_fields__}
-    llama = Llama(LlamaConfig(**sizes))
+    llama = Llama(LlamaConfig(**{k: config[k] for k in LlamaConfig.__dataclass_fields__}))
     weights = fill(llama)
     if config["tie_word_embeddings"]:
         weights.pop("lm_head.weight")
