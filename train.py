@@ -14,10 +14,12 @@ import json
 import math
 import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -28,15 +30,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data import IGNORE, TEMPLATES, Batch, Batches, Row, describe_overlap, parse_directions
-from llast import (
-    BASE_FIELDS,
-    LLaST,
-    LLaSTConfig,
-    digests_of,
-    explain_out_of_memory,
-    fingerprints_of,
-    pick_device,
-)
+from llast import LLaST, LLaSTConfig, digests_of, explain_out_of_memory, pick_device
 from lora import merge_lora
 from translate import SearchOptions, describe, metrics, read_splits, score_rows, translate
 from whisper_encoder import WINDOWS, check_tensors, read_tensors
@@ -44,12 +38,12 @@ from whisper_encoder import WINDOWS, check_tensors, read_tensors
 HERE = Path(__file__).parent
 ADVICE_TRAINING = "use a smaller --batch and a larger --accumulate, or --recompute all"
 ADVICE_MODELS = "use smaller models (--encoder, --llm)"
-ADVICE_STATE = "delete its folder or choose another one with --out to start again"
 ONE_BEAM = SearchOptions(beams=1)  # for the dev scores, because it is fast
 TINY, WEIGHTS = HERE / "tiny", HERE / "weights"
-STATE = "state.safetensors"  # the file of a run that is not finished, see TrainState
-# These settings may change when a run continues, because they do not change the training.
-FREE_SETTINGS = ("recompute", "beams", "max_failed", "save_minutes")
+STATE = "state.safetensors"  # in the folder of a run that is not finished, see TrainState
+# A stopped run can continue with other values of these settings. They do not change the training,
+# or a SHA-256 of the content of the file or folder is compared.
+NOT_COMPARED = "preset encoder llm data recompute beams max_failed save_minutes torch".split()
 
 # ------------------------------------------------------------------------------------------ presets
 
@@ -108,8 +102,8 @@ class Preset:
     # If more than this share of the training clips cannot be read, the training ends: the cause may
     # be a lost disk, not a few broken files. Up to five such clips are always allowed.
     max_failed: float = 0.01
-    # Minutes between two saves of TrainState. A run that is stopped continues from there. The file
-    # has three numbers for each trained parameter, so it should not be written after every step.
+    # Minutes between two saves of the state (see TrainState), from which a stopped run continues.
+    # Its file has three numbers for each trained parameter, so writing it can take a while.
     save_minutes: float = 20.0
 
 
@@ -193,7 +187,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--accumulate", type=int, help="batches in one step of the optimizer")
     add("--recompute", choices=("none", "llm", "all"), help="models with activation checkpointing")
     add("--max-failed", type=float, help="share of clips that may fail to load [0.01]")
-    add("--save-minutes", type=float, help="minutes between two saves of the whole state [20]")
+    add("--save-minutes", type=float, help="minutes between two saves [20]")
     add("--compile", action="store_true", help="compile each layer; on a CPU it needs g++")
     add("--seed", type=int, default=0, help="random seed [0]")
     return parser
@@ -304,9 +298,14 @@ class Step:
     n_steps: int
     epoch: int  # from 1
     lr: float
-    grad_norm: float  # norm (length) of the gradient before clipping
     losses: torch.Tensor  # of every answer token: batch after batch, row after row
+    grad_norm: float  # norm (length) of the gradient before clipping
     batches: list[Batch]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the step changes the weights. Otherwise it would make them NaN."""
+        return math.isfinite(self.losses.sum() + self.grad_norm)
 
 
 class TrainState:
@@ -318,61 +317,102 @@ class TrainState:
     """
 
     def __init__(self, model: LLaST, settings: Preset):
-        self.step = 0
-        self.tensors = model.trained()
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        betas, decay = settings.betas, settings.weight_decay
-        self.optimizer = torch.optim.AdamW(
-            trained.values(), betas=betas, weight_decay=decay, fused=True
-        )
+        options = dict(betas=settings.betas, weight_decay=settings.weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(trained.values(), **options)
+        self.step, self.tensors = 0, model.trained()
         for name, p in trained.items():
-            # AdamW would make these tensors in its first step.
+            # AdamW would make these tensors in its first step. Its own `step` is used to correct
+            # the averages, because they start with zeros.
             averages = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            self.optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | averages
-            for key, tensor in self.optimizer.state[p].items():
-                self.tensors[f"{name}.{key}"] = tensor.detach()
+            self.optimizer.state[p] = averages | {"step": torch.zeros((), device=p.device)}
+            self.tensors |= {f"{name}.{key}": t for key, t in self.optimizer.state[p].items()}
+
+    def update_weights(self, lr: float):
+        """Do one step of AdamW with the gradients of the parameters."""
+        self.optimizer.param_groups[0]["lr"] = lr
+        with explain_out_of_memory("in a step of the optimizer", ADVICE_MODELS):
+            self.optimizer.step()
 
     def save(self, file: Path, run: dict):
-        """Write the state, with a description of its run. After a crash, the file is old or new."""
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}
-        metadata = {"run": json.dumps(run | {"step": self.step})}
-        temporary = file.with_name(file.name + ".tmp")
-        save_file(tensors, temporary, metadata | digests_of_state(metadata, tensors))
-        write_to_disk(temporary)
-        os.replace(temporary, file)
-        write_to_disk(file.parent)
+        """Write the state and `run`, the description of its run.
 
-    def load(self, file: Path):
-        """Continue from a saved state. Raises ValueError if the file is damaged."""
-        metadata, tensors = read_metadata(file), read_tensors(file)
-        digests = digests_of_state({"run": metadata["run"]}, tensors)
-        if metadata != metadata | digests:
-            raise ValueError(f"{file} has changed since it was written; {ADVICE_STATE}")
+        The new file replaces the old one only when it is completely on the disk. So after a crash
+        or a power cut, the file is the old one or the new one.
+        """
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}
+        text, temporary = json.dumps(run | {"step": self.step}), file.with_suffix(".tmp")
+        digests = digests_of({"config": text, "fingerprints": None}, tensors)
+        save_file(tensors, temporary, {"run": text} | digests)
+        wait_for_disk(temporary)
+        os.replace(temporary, file)
+        wait_for_disk(file.parent)
+
+    def load(self, file: Path, run: dict) -> dict:
+        """Continue from a saved state, and return the description of its run.
+
+        Raises ValueError if the file is damaged, or if `run` is another run.
+        """
+        tensors = read_tensors(file)
+        with safe_open(file, "pt") as stored:
+            metadata = stored.metadata() or {"run": ""}
+        digests = digests_of({"config": metadata["run"], "fingerprints": None}, tensors)
+        if metadata != {"run": metadata["run"]} | digests:
+            raise ValueError(f"{file} was changed; copy it again or choose another --out")
+        saved = json.loads(metadata["run"])
+        other = [k for k, v in run.items() if saved[k] != v and k not in NOT_COMPARED]
+        if other:
+            text = ", ".join(f"{k} {run[k]!s:.12} instead of {saved[k]!s:.12}" for k in other)
+            advice = "use the old settings, or choose another folder with --out"
+            raise ValueError(f"{file.parent} has a stopped run, but now it is {text}; {advice}")
         check_tensors(self.tensors, tensors, file)
         for name, tensor in self.tensors.items():
             tensor.copy_(tensors[name])
-        self.step = json.loads(metadata["run"])["step"]
+        self.step = saved["step"]
+        return saved
 
 
-def digests_of_state(metadata: dict[str, str], tensors: dict) -> dict[str, str]:
-    """SHA-256 of the metadata, and of the names and values of the tensors."""
-    return digests_of({"config": metadata, "fingerprints": {}}, tensors)
+def wait_for_disk(path: Path):
+    """Wait until a file, or the names of the files in a folder, are safe from a power cut."""
+    if os.name == "posix":  # Windows cannot open a folder
+        number = os.open(path, os.O_RDONLY)
+        os.fsync(number)
+        os.close(number)
 
 
-def read_metadata(file: Path) -> dict[str, str]:
-    """The metadata of a state. It is at the beginning of the file, so this is fast."""
-    try:
-        with safe_open(file, "pt") as stored:
-            return {"run": "{}"} | stored.metadata()
-    except Exception as error:  # safetensors raises several types for a damaged file
-        raise ValueError(f"{file} is damaged: {error!r}; {ADVICE_STATE}") from error
+class StopSignals:
+    """SIGINT (Ctrl-C) and SIGTERM (from a scheduler) raise KeyboardInterrupt in the main thread.
+
+    In a block `with STOP.held_back()`, the exception is raised at the end of the block. A second
+    signal ends the program at once.
+    """
+
+    received, is_held_back = None, False
+
+    def catch(self):
+        self.received = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        self.received = number
+        for other in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(other, signal.SIG_DFL)
+        if not self.is_held_back:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def held_back(self):
+        self.is_held_back = True
+        try:
+            yield
+        finally:
+            self.is_held_back = False
+        if self.received:
+            raise KeyboardInterrupt
 
 
-def write_to_disk(path: Path):
-    """Wait until the disk has this file or the names in this folder, in case the power fails."""
-    number = os.open(path, os.O_RDONLY)
-    os.fsync(number)
-    os.close(number)
+STOP = StopSignals()
 
 
 def compute_gradient(model: LLaST, batches: list[Batch], clip_norm: float):
@@ -400,9 +440,6 @@ def compute_gradient(model: LLaST, batches: list[Batch], clip_norm: float):
     # so the GPU always has work.
     losses = torch.cat([*step_losses, grad_norm[None]]).cpu()
     losses, grad_norm = losses[:-1], losses[-1].item()
-    if not math.isfinite(grad_norm):  # this step would make the weights NaN
-        problem = f"the loss is {losses.mean():.4g} and its gradient has length {grad_norm:.4g}"
-        raise ValueError(f"{problem}, so this step was not done; try a smaller --lr")
     return losses, grad_norm
 
 
@@ -413,37 +450,44 @@ def train_epochs(
 
     It writes no file and prints nothing. It calls after_step(Step) after each step and
     after_epoch(number) after each epoch, unless they are None. If `state` is the TrainState of an
-    earlier run, only the rest of that run is done. Raises ValueError if a gradient is not finite,
-    or if too many clips cannot be read.
+    stopped run, only the rest of that run is done. Raises ValueError if three steps in a row are
+    not finite, if too many clips cannot be read, or if the first step changes the wrong tensors.
     """
     state = state or TrainState(model, settings)
+    norms = None if state.step else tensor_norms(model)
     sizes = [len(batches.groups(epoch)) for epoch in range(settings.epochs)]
     # The number of the last step of each epoch. The learning rate depends on the last of them.
     ends = list(accumulate(math.ceil(size / settings.accumulate) for size in sizes))
     n_clips = len({row.path for row in batches.rows})
-    empty_steps = 0  # steps in a row without a clip that can be read
+    n_empty = n_bad = 0  # steps in a row without a readable clip, and without a finite gradient
     for epoch, (start, end) in enumerate(zip([0, *ends], ends)):
         if state.step > end:
-            continue  # an earlier run has done this epoch
+            continue  # this epoch was finished before the run was stopped
         model.train()
-        position = state.step - start  # steps of this epoch that are done
-        steps = load_steps(batches, epoch, settings.accumulate, position, model.device)
+        n_done = state.step - start
+        steps = load_steps(batches, epoch, settings.accumulate, n_done, model.device)
         for step_batches in prefetch(steps, in_thread=model.device.type == "cuda"):
             number = state.step + 1
-            empty_steps = 0 if step_batches else empty_steps + 1
-            check_failures(batches.skipped, n_clips, empty_steps, settings.max_failed)
+            n_empty = 0 if step_batches else n_empty + 1
+            check_failures(batches.skipped, n_clips, n_empty, settings.max_failed)
             if not step_batches:
                 state.step = number
                 continue
             lr = learning_rate(number, ends[-1], settings)
             torch.manual_seed(random_seed(batches.seed, number))  # for dropout
-            losses, grad_norm = compute_gradient(model, step_batches, settings.clip_norm)
-            with explain_out_of_memory("in a step of the optimizer", ADVICE_MODELS):
-                state.optimizer.param_groups[0]["lr"] = lr
-                state.optimizer.step()
-            state.step = number
-            if after_step:
-                after_step(Step(number, ends[-1], epoch + 1, lr, grad_norm, losses, step_batches))
+            gradient = compute_gradient(model, step_batches, settings.clip_norm)
+            step = Step(number, ends[-1], epoch + 1, lr, *gradient, step_batches)
+            with STOP.held_back():  # so that the weights, `step` and the log always agree
+                if step.is_finite:
+                    state.update_weights(lr)
+                state.step = number
+                if after_step:
+                    after_step(step)
+            n_bad = 0 if step.is_finite else n_bad + 1
+            if n_bad == 3:
+                raise ValueError("three steps in a row had no finite gradient; try a smaller --lr")
+            if norms and step.is_finite:
+                norms = check_first_step(norms, model)
         if after_epoch:
             after_epoch(epoch + 1)
 
@@ -451,6 +495,26 @@ def train_epochs(
 def random_seed(seed: int, number: int, rank: int = 0) -> int:
     """The seed of a step. It is different for every step and for every process (`rank`)."""
     return random.Random(f"step {seed} {number} {rank}").getrandbits(63)
+
+
+@torch.no_grad()
+def tensor_norms(model: LLaST) -> dict[str, float]:
+    """The norm of every parameter. It shows later whether the parameter has changed."""
+    norm = torch.linalg.vector_norm
+    return {name: norm(p, dtype=torch.float64).item() for name, p in model.named_parameters()}
+
+
+def check_first_step(norms: dict[str, float], model: LLaST):
+    """Raise ValueError if the first step did not change a trained tensor, or changed a frozen one.
+
+    A of a LoRA does not change in the first step: its gradient is a product with B, which is 0.
+    """
+    changed = {name for name, norm in tensor_norms(model).items() if norm != norms[name]}
+    trained = model.trained().keys()
+    still = [name for name in trained - changed if "lora_A" not in name]
+    if still or changed - trained:
+        problem = f"it did not change {still[:5]}, and it changed {list(changed - trained)[:5]}"
+        raise ValueError(f"the first step is wrong: {problem}; check which tensors AdamW gets")
 
 
 def learning_rate(number: int, n_steps: int, settings: Preset) -> float:
@@ -532,39 +596,35 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or HERE / "runs" / settings.lang.replace(",", "-")
     check_folders(settings, out)
     splits = read_corpora(settings, args.clips)
-    # Loading the models can take minutes. Before that, report a disk that cannot be written, and a
-    # saved state of another run.
-    description = describe_run(args, settings, splits["train"])
-    start_files(args, settings, out, description)
-    model = load_model(settings, args, description)
-    batches = make_batches(model, splits["train"], settings, args.seed)
-    # asr=0.0: the dev loss is the loss of translation.
-    dev = make_batches(model, splits["dev"], replace(settings, asr=0.0), args.seed)
-    print_corpora(splits, batches, dev)
-    state = TrainState(model, settings)
-    if (out / STATE).exists():
-        state.load(out / STATE)
-        print(f"\ncontinuing after step {state.step}")
-    report = Report(model, dev, settings, out, state, description)
-    try:
-        with report.bar:
-            train_epochs(model, batches, settings, report.after_step, report.after_epoch, state)
-        for path, reason in (batches.skipped | dev.skipped).items():
-            print(f"left out, because it cannot be read: {path}: {reason}")
-        finish(model, splits, settings, out, start_time)
-    except ValueError as error:
-        raise ValueError(f"{error}\n{saved_in(out)}") from error
-    except KeyboardInterrupt:
-        if state.step:
-            report.save()  # with the steps since the last epoch
-        print(f"\nstopped by Ctrl-C. {saved_in(out)}", file=sys.stderr)
-        return 130
+    with lock(out):
+        model = load_model(settings, args)
+        batches = make_batches(model, splits["train"], settings, args.seed)
+        # asr=0.0: the dev loss is the loss of translation.
+        dev = make_batches(model, splits["dev"], replace(settings, asr=0.0), args.seed)
+        print_corpora(splits, batches, dev)
+        state = TrainState(model, settings)
+        description = describe_run(args, settings, splits["train"], model.fingerprints)
+        start_files(out, description, state)
+        report = Report(state, description, model, dev, settings, out)
+        try:
+            with report.bar:
+                train_epochs(model, batches, settings, report.after_step, report.after_epoch, state)
+            for path, reason in (batches.skipped | dev.skipped).items():
+                print(f"left out, because it cannot be read: {path}: {reason}")
+            finish(model, splits, settings, out, start_time)
+        except ValueError as error:
+            raise ValueError(f"{error}\n{saved_in(out)}") from error
+        except KeyboardInterrupt as error:
+            if state.step:
+                report.save()  # also the model, so that it can be used
+            raise KeyboardInterrupt(saved_in(out)) from error
     return 0
 
 
 def saved_in(out: Path) -> str:
-    """The sentence "A model is saved in ..." or "No model is saved in ..."."""
-    return f"{'A' if (out / 'llast.json').is_file() else 'No'} model is saved in {short(out)}"
+    """A sentence about the saved model, and if the run can continue, one about this."""
+    text = f"{'A' if (out / 'llast.json').is_file() else 'No'} model is saved in {short(out)}."
+    return text + " The same command continues the run." * (out / STATE).is_file()
 
 
 def check_folders(settings: Preset, out: Path):
@@ -580,62 +640,58 @@ def check_folders(settings: Preset, out: Path):
         raise ValueError(f"{out} {problem}; choose another folder with --out")
 
 
-def describe_run(args: argparse.Namespace, settings: Preset, rows: list[Row]) -> dict:
-    """What must be the same when a run continues: settings, base models and training rows.
-
-    Base models and rows are described by SHA-256. Their folders may be moved.
-    """
-    values = asdict(settings) | {"clips": args.clips, "seed": args.seed, "compile": args.compile}
-    digest = hashlib.sha256()
-    for row in rows:
-        path = row.path.relative_to(settings.data).as_posix()
-        digest.update(ascii((path, *list(vars(row).values())[1:])).encode())
-    values |= fingerprints_of(model_config(settings)) | {"data": digest.hexdigest()}
-    return {name: value for name, value in values.items() if name not in FREE_SETTINGS}
-
-
-def start_files(args: argparse.Namespace, settings: Preset, out: Path, description: dict):
-    """Write run.json and an empty log.jsonl, or prepare the files of a stopped run to continue.
-
-    Raises OSError if the folder cannot be written, and ValueError if the stopped run was another.
-    """
-    values = {name: getattr(args, name) for name in ("preset", "clips", "seed", "compile")}
-    values = json.dumps(values | asdict(settings), default=lambda p: str(p.absolute()), indent=2)
+def lock(out: Path):
+    """Open run.json. While it is open, a second run in this folder is an error."""
     out.mkdir(parents=True, exist_ok=True)
-    step, log = 0, out / "log.jsonl"
-    if (out / STATE).exists():
-        saved = json.loads(read_metadata(out / STATE)["run"])
-        step = saved.pop("step")
-        now = json.loads(json.dumps(description))  # JSON stores tuples as lists
-        if other := [k for k in saved | now if saved.get(k) != now.get(k)]:
-            text = ", ".join(
-                f"{k} {saved.get(k)!s:.12} before, {now.get(k)!s:.12} now" for k in other
-            )
-            advice = "use the same ones to continue, or choose another folder with --out"
-            raise ValueError(f"{out} has a run with other settings: {text}; {advice}")
-    (out / "run.json").write_text(values + "\n")
-    lines = log.read_text().splitlines(keepends=True) if step else []
-    # TODO: the line of a killed run may be incomplete
-    log.write_text("".join(line for line in lines if keep_line(json.loads(line), step)))
+    file = open(out / "run.json", "a")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        advice = "wait until it ends, or choose another folder with --out"
+        file.close()
+        raise ValueError(f"another run writes to {out}; {advice}") from error
+    except (ImportError, OSError) as error:  # Windows, and some network disks
+        print(f"{out} cannot be locked ({error}); do not start a second run in this folder")
+    return file
 
 
-def keep_line(line: dict, step: int) -> bool:
-    """Whether a line of the log stays when a run continues after `step`.
+def describe_run(args, settings: Preset, rows: list[Row], fingerprints: dict[str, str]) -> dict:
+    """The content of run.json: settings, and SHA-256 of the training rows and the base models."""
+    values = {name: getattr(args, name) for name in ("preset", "clips", "seed", "compile")}
+    values |= asdict(settings) | {"torch": torch.__version__}
+    values |= {f"{name}_sha256": digest for name, digest in fingerprints.items()}
+    digest = hashlib.sha256()
+    for row in rows:  # the path inside the corpus, because the corpus may be moved
+        digest.update(ascii(replace(row, path=row.path.relative_to(settings.data))).encode())
+    values["rows_sha256"] = digest.hexdigest()
+    return json.loads(json.dumps(values, default=lambda path: str(path.absolute())))
 
-    The lines of later steps are written again. The dev scores of an epoch that ends with this step
-    are computed again.
+
+def start_files(out: Path, description: dict, state: TrainState):
+    """Write run.json and log.jsonl. If the folder has a stopped run, prepare to continue it.
+
+    The log keeps only the lines before the saved state. The later steps are done again.
     """
-    return line["step"] < step or line["step"] == step and "loss" in line
+    log, size = out / "log.jsonl", 0
+    if (out / STATE).exists():
+        size = state.load(out / STATE, description)["log_size"]
+    (out / "run.json").write_text(json.dumps(description, indent=2) + "\n")
+    log.touch()
+    lost = log.read_bytes()[size:].count(b"\n")
+    os.truncate(log, min(size, log.stat().st_size))
+    if state.step:
+        print(f"\ncontinuing after step {state.step}; {lost} later lines of the log are done again")
 
 
-def load_model(settings: Preset, args: argparse.Namespace, fingerprints: dict) -> LLaST:
+def load_model(settings: Preset, args: argparse.Namespace) -> LLaST:
     """A new model, on the GPU if there is one. Also prints its parameter counts."""
     torch.manual_seed(args.seed)
     device, dtype, reason = pick_device()
     print(f"{short(settings.encoder)}, {short(settings.llm)}, {short(settings.data)}; {reason}")
-    fingerprints = {name: fingerprints[name] for name in BASE_FIELDS}
     with explain_out_of_memory("while loading the models", ADVICE_MODELS):
-        model = LLaST.fresh(model_config(settings), dtype, device, fingerprints)
+        model = LLaST.fresh(model_config(settings), dtype, device)
     model.speech_encoder.recompute = settings.recompute == "all"
     model.llm.recompute = settings.recompute != "none"
     if args.compile:
@@ -671,11 +727,11 @@ class Report:
     print dev scores.
     """
 
-    def __init__(self, model: LLaST, dev: Batches, settings: Preset, out: Path, state, description):
-        self.model, self.dev, self.settings, self.out = model, dev, settings, out
-        self.state, self.description = state, description
-        self.start_time = self.step_start = self.last_save = time.perf_counter()
-        self.log_works = True
+    def __init__(self, state: TrainState, description: dict, model, dev: Batches, settings, out):
+        self.state, self.description, self.model, self.dev = state, description, model, dev
+        self.settings, self.out, self.log_works = settings, out, True
+        self.saved_step = state.step
+        self.start_time = self.step_start = self.save_time = time.perf_counter()
         # disable=None: no progress bar if stderr is not a terminal
         self.bar = tqdm(initial=state.step, unit="step", leave=False, disable=None)
 
@@ -686,25 +742,35 @@ class Report:
         self.bar.total = step.n_steps
         self.bar.update()
         self.bar.set_postfix_str(f"loss {loss:.3f}, lr {step.lr:.1e}, {rate:.1f} clips/s")
-        line = {"step": step.number, "epoch": step.epoch, "loss": round(loss, 5), "lr": step.lr}
-        line |= {"grad_norm": round(step.grad_norm, 4), "seconds": round(now - self.start_time, 2)}
+        line = {"step": step.number, "epoch": step.epoch}
+        if step.is_finite:
+            line |= {"loss": round(loss, 5), "lr": step.lr, "grad_norm": round(step.grad_norm, 4)}
+        else:
+            paths = [str(e.row.path) for batch in step.batches for e in batch.examples]
+            line["skipped"] = paths
+            problem = f"its loss is {loss:.4g} and its gradient has length {step.grad_norm:.4g}"
+            tqdm.write(f"step {step.number} is skipped: {problem}; check {', '.join(paths)}")
+        line |= {"seconds": round(now - self.start_time, 2)}
         self.log(line | {"clips": n_clips, "clips_per_second": round(rate, 1)})
-        if now - self.last_save >= 60 * self.settings.save_minutes:
+        if now - self.save_time >= 60 * self.settings.save_minutes:
             self.save_state()
 
     def save_state(self):
-        self.state.save(self.out / STATE, self.description)
-        self.last_save = time.perf_counter()
+        """Save the state, unless it is already saved: after_epoch may have written to the log."""
+        if self.state.step != self.saved_step:
+            log = self.out / "log.jsonl"
+            size = log.stat().st_size if log.is_file() else 0
+            self.state.save(self.out / STATE, self.description | {"log_size": size})
+            self.save_time, self.saved_step = time.perf_counter(), self.state.step
 
     def save(self):
-        """Save the state, and then the model. While there is a state, the model is not the last."""
+        """Save the state, then the model. As long as there is a state, the run is not finished."""
         self.save_state()
         self.model.save_pretrained(self.out)
-        for name in ("llast.safetensors", "llast.json", "."):
-            write_to_disk(self.out / name)
 
     def after_epoch(self, epoch: int):
-        self.save()
+        with STOP.held_back():
+            self.save()
         with explain_out_of_memory("on the dev clips", ADVICE_TRAINING):
             scores = dev_scores(self.model, self.dev)
             self.log({"step": self.state.step, "epoch": epoch} | scores)
@@ -742,6 +808,8 @@ def finish(model: LLaST, splits: dict, settings: Preset, out: Path, start_time: 
         print(f"test {describe(direction, results[direction])}")
     results["seconds"] = seconds = round(time.time() - start_time, 1)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    for name in ("llast.safetensors", "llast.json", "results.json", "."):
+        wait_for_disk(out / name)
     (out / STATE).unlink()  # from now on, the run is finished
     print(f"\n{seconds:.0f} s in all. The model and its scores are in {short(out)}. Try:")
     # The example is a clip of the last direction.
@@ -753,11 +821,13 @@ def main() -> int:
     # by default.
     sys.stdout.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args()
+    STOP.catch()
     try:
         return run(args)
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        number = STOP.received or signal.SIGINT
+        print(f"\nstopped by {signal.Signals(number).name}. {stop}", file=sys.stderr)
+        return 128 + number
     except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
         tqdm.write(f"train.py: {error}", file=sys.stderr)  # a progress bar may be on this line
         return 2

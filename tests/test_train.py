@@ -4,6 +4,8 @@ import io
 import json
 import math
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,11 +33,10 @@ ROOT = Path(__file__).parents[1]
 CORPUS = ROOT / "tiny" / "corpus"
 
 
-@pytest.fixture
-def corpus(tmp_path):
-    """The first clips of the included French and German, so that an epoch takes a second."""
-    for language in ("fr", "de"):
-        folder = tmp_path / "corpus" / language
+def make_corpus(root, languages, sizes):
+    """The first clips of the included corpora, and toy models. A run takes about a second."""
+    for language in languages:
+        folder = root / language
         folder.mkdir(parents=True)
         (folder / "clips").symlink_to(CORPUS / language / "clips")
         table = CORPUS / language / f"{language}-en.tsv"
@@ -43,12 +44,18 @@ def corpus(tmp_path):
         lines = [[row[name] for name in columns] for _, row in data.read_table(table, columns)]
         kept = [
             line
-            for split, n in (("train", 12), ("dev", 2), ("test", 2))
+            for split, n in zip(("train", "dev", "test"), sizes, strict=True)
             for line in [line for line in lines if line[3] == split][:n]
         ]
-        toys.write_corpus(tmp_path / "corpus", kept, f"{language}-en")
-    toys.whisper_folder(tmp_path / "corpus" / "whisper", encoder_layers=1)
-    return tmp_path / "corpus"
+        toys.write_corpus(root, kept, f"{language}-en")
+    toys.whisper_folder(root / "whisper", encoder_layers=1)
+    toys.llama_folder(root / "llama", num_hidden_layers=1)
+    return root
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return make_corpus(tmp_path / "corpus", ("fr", "de"), (12, 2, 2))
 
 
 @pytest.fixture
@@ -80,8 +87,8 @@ def run(monkeypatch, *flags) -> int:
 
 
 def flags_for(corpus, out, *more):
-    encoder = corpus / "whisper"
-    return ("--data", corpus, "--encoder", encoder, "--out", out, "--epochs", 1, "--asr", 1, *more)
+    models = ("--encoder", corpus / "whisper", "--llm", corpus / "llama")
+    return ("--data", corpus, *models, "--out", out, "--epochs", 1, "--asr", 1, *more)
 
 
 def settings_from(*flags) -> train.Preset:
@@ -290,7 +297,7 @@ def test_an_error_in_the_thread_is_raised_where_the_item_is_used():
         next(items_early)
 
 
-def test_three_steps_in_a_row_without_a_clip_end_the_training(toy, monkeypatch):
+def test_three_steps_in_a_row_without_a_clip_end_the_training_row_22(toy, monkeypatch):
     settings, rows = toy
     settings = replace(settings, max_failed=1.0, batch=145, asr=0.0)
     model, batches = new_model(settings, rows)
@@ -387,17 +394,10 @@ def test_a_folder_with_a_model_or_with_other_files_is_refused_and_not_changed(
         assert [path.read_text() for path in out.iterdir()] == ["dear"]
 
 
-def test_a_folder_that_cannot_be_written_is_an_error_before_the_models_are_loaded(
+def test_a_read_only_folder_is_an_error_before_the_models_are_loaded_row_6(
     monkeypatch, corpus, tmp_path, capsys
 ):
     monkeypatch.setattr(LLaST, "fresh", lambda *_: pytest.fail("the models were loaded"))
-    if os.path.exists("/dev/full"):  # a disk without space
-        out = tmp_path / "full"
-        out.mkdir()
-        (out / "run.json").symlink_to("/dev/full")
-        (out / "log.jsonl").symlink_to("/dev/full")
-        assert run(monkeypatch, *flags_for(corpus, out)) == 2
-        assert "No space left on device" in capsys.readouterr().err
 
     def read_only(path, *_, **__):
         raise PermissionError(13, "Permission denied", str(path))
@@ -476,7 +476,7 @@ def test_too_many_failed_clips_keep_the_last_good_model(monkeypatch, corpus, tmp
     assert not (out / "results.json").exists()
 
 
-def test_out_of_memory_names_the_phase_and_the_options_that_help(
+def test_out_of_memory_names_the_phase_and_the_options_that_help_row_31(
     monkeypatch, corpus, tmp_path, capsys
 ):
     def too_much(*_, **__):
@@ -501,37 +501,39 @@ def test_out_of_memory_names_the_phase_and_the_options_that_help(
 
 
 @pytest.mark.parametrize(
-    ("factor", "found"), [(math.nan, "the loss is nan"), (1e30, "its gradient has length inf")]
+    ("factor", "problem"), [(math.nan, "its loss is nan"), (1e30, "its gradient has length inf")]
 )
-def test_a_gradient_that_is_not_finite_ends_the_run_and_keeps_the_last_model(
-    monkeypatch, corpus, tmp_path, capsys, factor, found
+def test_a_step_that_is_not_finite_is_skipped_and_three_in_a_row_end_the_run_row_17(
+    monkeypatch, corpus, tmp_path, capsys, factor, problem
 ):
-    out, forward = tmp_path / "run", LLaST.forward
+    out, forward, after_step = tmp_path / "run", LLaST.forward, train.Report.after_step
+    numbers, weights = [1], []
 
     def diverge(model, batch):
-        """From the second epoch on."""
-        is_wrong = model.training and (out / "llast.json").is_file()
-        return forward(model, batch) * (factor if is_wrong else 1)
+        is_bad = model.training and numbers[-1] in (3, 5, 6, 8, 9, 10)
+        return forward(model, batch) * (factor if is_bad else 1)
+
+    def watch(report, step):
+        after_step(report, step)
+        numbers.append(step.number + 1)
+        weights.append({name: t.clone() for name, t in report.model.trained().items()})
 
     monkeypatch.setattr(LLaST, "forward", diverge)
-    flags = *flags_for(corpus, out), "--epochs", 2, "--schedule", "cosine"
+    monkeypatch.setattr(train.Report, "after_step", watch)
+    flags = *flags_for(corpus, out), "--batch", 145, "--epochs", 2, "--save-minutes", 0
     assert run(monkeypatch, *flags) == 2
-    err, log = capsys.readouterr().err, (out / "log.jsonl").read_text()
-    last = json.loads(log.splitlines()[-1])
-    assert last["epoch"] == 1 and "dev_loss" in last and "NaN" not in log
-    assert found in err and "try a smaller --lr" in err and "A model is saved in" in err
-    assert all(tensor.isfinite().all() for tensor in LLaST.from_pretrained(out).trained().values())
-
-
-def test_a_step_with_an_infinite_gradient_changes_no_weight(toy):
-    settings, rows = toy
-    model, batches = new_model(settings, rows)
-    before = {name: tensor.clone() for name, tensor in model.trained().items()}
-    with torch.no_grad():
-        model.llm.lm_head.weight.fill_(math.nan)
-    with pytest.raises(ValueError, match="the loss is nan"):
-        train_epochs(model, batches, settings)
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.trained().items())
+    printed, log = capsys.readouterr(), (out / "log.jsonl").read_text()
+    assert numbers[-1] == 11 and "NaN" not in log
+    assert "three steps in a row" in printed.err and "try a smaller --lr" in printed.err
+    assert "No model is saved" in printed.err and "continues" in printed.err
+    assert printed.out.count(" is skipped: ") == 6 and problem in printed.out
+    skipped = [line for line in map(json.loads, log.splitlines()) if "skipped" in line]
+    assert [line["step"] for line in skipped] == [3, 5, 6, 8, 9, 10]
+    for line in skipped:
+        before, after = (weights[line["step"] - i] for i in (2, 1))
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert line["skipped"] and all(path in printed.out for path in line["skipped"])
+    assert not torch.equal(*(weights[i]["projector.model.0.weight"] for i in (2, 3)))
 
 
 def test_a_model_that_cannot_be_written_is_an_error(monkeypatch, corpus, tmp_path, capsys):
@@ -545,19 +547,14 @@ def test_a_model_that_cannot_be_written_is_an_error(monkeypatch, corpus, tmp_pat
 
 def test_ctrl_c_leaves_a_model_that_works(corpus, tmp_path):
     out = tmp_path / "run"
-    flags = map(str, ("--data", corpus, "--out", out, "--epochs", 500))
-    # A shell that starts these tests in the background makes its children ignore Ctrl-C.
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *flags],
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        stderr=subprocess.PIPE,
-    )
+    flags = map(str, flags_for(corpus, out, "--epochs", 5000))
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags], stderr=subprocess.PIPE)
     log = out / "log.jsonl"
     deadline = time.monotonic() + 120
     while not (log.is_file() and log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)
-    assert b"stopped by Ctrl-C. A model is saved in" in process.communicate(timeout=60)[1]
+    assert b"stopped by SIGINT. A model is saved in" in process.communicate(timeout=60)[1]
     assert process.returncode == 130
     clip = next((corpus / "fr" / "clips").iterdir())
     [result] = translate(LLaST.from_pretrained(out), [clip], search=SearchOptions(max_new_tokens=4))
@@ -574,7 +571,7 @@ def test_ctrl_c_before_the_first_step_leaves_no_model_and_the_run_can_start_agai
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_epochs", stop)
         assert run(patch, *flags) == 130
-    assert "stopped by Ctrl-C. No model is saved" in capsys.readouterr().err
+    assert "stopped by SIGINT. No model is saved" in capsys.readouterr().err
     assert not (tmp_path / "run" / "llast.json").exists()
     assert run(monkeypatch, *flags) == 0
 
@@ -614,38 +611,305 @@ def test_compiled_layers_give_the_same_gradients_and_translations(toy, monkeypat
 
 
 # ------------------------------------------------------------------------------- stop and continue
+# The rows are those of the list of faults that a run must survive.
 
 
-def files_of(out):
+class Killed(BaseException):
+    """Ends a run as SIGKILL does: nothing in train.py catches it."""
+
+
+MORE = ("--dropout", 0.1, "--accumulate", 2, "--epochs", 2, "--batch", 145)
+N_STEPS = 10  # of these options, for the corpus `small`
+
+
+def results_of(out):
     """What a run wrote, without times: the log, the weights and the test translations."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     times = ("seconds", "clips_per_second")
     log = [{k: v for k, v in line.items() if k not in times} for line in lines]
-    return log, load_file(out / "llast.safetensors"), (out / "test.fr-en.tsv").read_text()
+    weights = {name: t.tolist() for name, t in load_file(out / "llast.safetensors").items()}
+    return log, weights, (out / "test.fr-en.tsv").read_text()
 
 
-def stop_at(monkeypatch, number, error=KeyboardInterrupt):
-    """Stop after the optimizer has done `number` steps in this process."""
-    log, n_calls = train.Report.after_step, []
+def at_step(monkeypatch, number, action):
+    """Call the action in the step `number`, after the line of the log is written."""
+    after_step = train.Report.after_step
 
-    def after_step(report, step):
-        log(report, step)
-        n_calls.append(step.number)
-        if len(n_calls) == number:
-            raise error
+    def watch(report, step):
+        after_step(report, step)
+        if step.number == number:
+            action()
 
-    monkeypatch.setattr(train.Report, "after_step", after_step)
+    monkeypatch.setattr(train.Report, "after_step", watch)
 
 
-def test_a_stopped_run_continues_exactly(monkeypatch, corpus, tmp_path):
-    flags = "--dropout", 0.1, "--accumulate", 2, "--epochs", 2, "--batch", 300
-    assert run(monkeypatch, *flags_for(corpus, tmp_path / "whole", *flags)) == 0
-    out = tmp_path / "stopped"
-    for number in (2, 5, 3):
+def die():
+    raise Killed
+
+
+def send(number):
+    return lambda *_: os.kill(os.getpid(), number)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """A corpus that no test changes, a run of it, and a run that was killed in its second epoch.
+
+    The state of the killed run is that of the first epoch.
+    """
+    root = tmp_path_factory.mktemp("small")
+    corpus = make_corpus(root / "corpus", ("fr",), (6, 1, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        assert run(patch, *flags_for(corpus, root / "whole", *MORE)) == 0
+        at_step(patch, N_STEPS // 2 + 3, die)
+        with pytest.raises(Killed):
+            run(patch, *flags_for(corpus, root / "stopped", *MORE))
+    return root
+
+
+@pytest.fixture
+def whole(small):
+    """The results of the run that nobody stopped."""
+    return results_of(small / "whole")
+
+
+@pytest.fixture
+def stopped(small, tmp_path):
+    """A copy of the killed run."""
+    return shutil.copytree(small / "stopped", tmp_path / "stopped")
+
+
+@pytest.fixture
+def command(small, tmp_path):
+    return flags_for(small / "corpus", tmp_path / "run", *MORE)
+
+
+def state_of(toy, step=0):
+    model, batches = new_model(*toy)
+    state = train.TrainState(model, toy[0])
+    state.step = step
+    return state
+
+
+def test_a_killed_run_continues_exactly_rows_7_to_9(monkeypatch, command, tmp_path, whole, capsys):
+    # If the machine has a GPU, the training runs there, and this is row 9.
+    out = tmp_path / "run"
+    for step, minutes in ((2, 0), (4, 20), (N_STEPS // 2, 0), (8, 20)):
         with monkeypatch.context() as patch:
-            stop_at(patch, number)
-            assert run(patch, *flags_for(corpus, out, *flags)) == 130
-    assert run(monkeypatch, *flags_for(corpus, out, *flags)) == 0
-    (log, weights, table), (log2, weights2, table2) = files_of(tmp_path / "whole"), files_of(out)
-    assert log == log2 and table == table2
-    assert all(torch.equal(weights[name], weights2[name]) for name in weights)
+            at_step(patch, step, die)
+            with pytest.raises(Killed):
+                run(patch, *command, "--save-minutes", minutes)
+    with open(out / "log.jsonl", "a") as log:
+        log.write('{"step": 9, "ep')  # the process was killed while it wrote
+    assert run(monkeypatch, *command) == 0
+    assert results_of(out) == whole
+    printed = capsys.readouterr().out.splitlines()
+    continued = [line for line in printed if line.startswith("continuing")]
+    assert [line[: line.index(" later")] for line in continued] == [
+        f"continuing after step {step}; {n}" for step, n in ((2, 0), (2, 2), (5, 0), (5, 4))
+    ]
+    names = "llast.json llast.safetensors log.jsonl results.json run.json test.fr-en.tsv".split()
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert run(monkeypatch, *command) == 2
+    assert "already has a model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "n_calls", "number"),
+    [
+        (LLaST, "forward", 5, signal.SIGTERM),  # in training
+        (torch.optim.AdamW, "step", 3, signal.SIGINT),
+        (train.Report, "log", 4, signal.SIGTERM),
+        (train, "print_samples", 1, signal.SIGINT),  # in the dev scores
+        (train, "merge_lora", 1, signal.SIGTERM),  # after the last epoch
+        (data, "load_audio", 5, signal.SIGINT),  # while the training waits for data
+    ],
+)
+def test_a_signal_saves_the_state_and_the_model_at_any_place_row_12(
+    monkeypatch, command, tmp_path, whole, capsys, owner, name, n_calls, number
+):
+    out, function, calls = tmp_path / "run", getattr(owner, name), []
+
+    def interrupt(*args, **options):
+        calls.append(name)
+        result = function(*args, **options)
+        if len(calls) == n_calls:
+            os.kill(os.getpid(), number)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupt)
+        assert run(patch, *command) == 128 + number
+    assert f"stopped by {number.name}. " in capsys.readouterr().err
+    assert (out / train.STATE).exists()
+    assert LLaST.from_pretrained(out)
+    assert run(monkeypatch, *command) == 0
+    assert results_of(out) == whole
+
+
+def test_a_signal_waits_for_the_end_of_a_save_and_a_second_one_does_not_row_13(
+    monkeypatch, command, tmp_path, whole
+):
+    out, wait_for_disk, handlers = tmp_path / "run", train.wait_for_disk, []
+
+    def interrupt(path):
+        if not handlers:
+            assert path.suffix == ".tmp"
+            os.kill(os.getpid(), signal.SIGTERM)
+            handlers.extend(map(signal.getsignal, (signal.SIGTERM, signal.SIGINT)))
+        wait_for_disk(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "wait_for_disk", interrupt)
+        assert run(patch, *command) == 143
+    assert handlers == [signal.SIG_DFL] * 2
+    assert not (out / "state.tmp").exists()
+    assert run(monkeypatch, *command) == 0
+    assert results_of(out) == whole
+
+
+def test_a_state_that_is_killed_while_it_is_saved_can_be_loaded_row_1(toy, tmp_path):
+    state, rng = state_of(toy, step=1), random.Random(0)
+    state.save(tmp_path / train.STATE, {})
+    for _ in range(15):
+        child = os.fork()
+        if not child:
+            while True:
+                state.step += 1
+                state.save(tmp_path / train.STATE, {})
+        time.sleep(rng.uniform(0, 0.05))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert state_of(toy).load(tmp_path / train.STATE, {})["step"] >= 1
+
+
+def test_a_state_is_on_the_disk_before_it_gets_its_name_row_2(toy, tmp_path, monkeypatch):
+    calls, state, file = [], state_of(toy), tmp_path / train.STATE
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *a: calls.append("rename") or replace(*a))
+    monkeypatch.setattr(os, "fsync", lambda n: calls.append(os.readlink(f"/proc/self/fd/{n}")))
+    state.save(file, {})
+    assert calls == [str(file.with_suffix(".tmp")), "rename", str(tmp_path)]
+
+
+def test_a_state_that_was_cut_or_changed_is_refused_rows_3_and_4(toy, tmp_path):
+    state, file, rng = state_of(toy, step=7), tmp_path / train.STATE, random.Random(0)
+    state.save(file, {"epochs": 2})
+    whole = file.read_bytes()
+    for length in [0, 7, 1000, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(5))]:
+        file.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=train.STATE):
+            state_of(toy).load(file, {"epochs": 2})
+    places = [whole.index(b"step") + 8, *(rng.randrange(8, len(whole)) for _ in range(20))]
+    for place in places:
+        byte = whole[place] ^ 1 << rng.randrange(8)
+        file.write_bytes(whole[:place] + bytes([byte]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=train.STATE):
+            state_of(toy).load(file, {"epochs": 2})
+
+
+def test_a_state_with_another_tensor_name_is_refused(toy, tmp_path):
+    state, file = state_of(toy), tmp_path / train.STATE
+    name = "projector.model.0.weight.exp_avg"
+    state.tensors[name + "2"] = state.tensors.pop(name)
+    state.save(file, {})
+    with pytest.raises(ValueError, match=f"missing: {name};.*unexpected: {name}2;"):
+        state_of(toy).load(file, {})
+
+
+def test_a_full_disk_keeps_the_last_state_and_the_run_continues_row_5(
+    monkeypatch, command, tmp_path, whole, capsys
+):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device")
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: patch.setattr(train, "save_file", full))
+        assert run(patch, *command, "--save-minutes", 0) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert run(monkeypatch, *command) == 0
+    assert "continuing after step 3; 1 later lines" in capsys.readouterr().out
+    assert results_of(out) == whole
+
+
+def test_the_next_batch_is_the_same_with_and_without_a_thread_row_10(toy):
+    numbers = []
+    for in_thread in (False, True):
+        model, batches = new_model(*toy)
+        steps = train.load_steps(batches, 1, 2, 1, model.device)
+        steps = train.prefetch(steps, in_thread)
+        numbers.append([[batch.ids.tolist() for batch in step] for step in steps])
+    assert numbers[0] == numbers[1] and len(numbers[0]) > 1
+
+
+def test_a_stopped_run_is_refused_with_other_settings_and_not_changed_row_11(
+    monkeypatch, small, stopped, capsys
+):
+    files = {path: path.read_bytes() for path in stopped.iterdir()}
+    more = *MORE, "--lr", 0.002, "--llm-rank", 4, "--seed", 1, "--clips", 3
+    assert run(monkeypatch, *flags_for(small / "corpus", stopped, *more)) == 2
+    err = capsys.readouterr().err
+    assert "clips 3 instead of None, seed 1 instead of 0, llm_rank 4 instead of 16" in err
+    assert "lr 0.002 instead of 0.001" in err and "choose another folder with --out" in err
+    assert {path: path.read_bytes() for path in stopped.iterdir()} == files
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("whisper/config.json", "encoder_sha256"),
+        ("llama/config.json", "llm_sha256"),
+        ("fr/fr-en.tsv", "rows_sha256"),
+    ],
+)
+def test_a_stopped_run_is_refused_with_other_models_or_rows_row_29(
+    monkeypatch, small, tmp_path, stopped, capsys, file, name
+):
+    corpus = shutil.copytree(small / "corpus", tmp_path / "corpus", symlinks=True)
+    text = (corpus / file).read_text()
+    if file.endswith("json"):
+        (corpus / file).write_text(text + "\n")
+    else:
+        first = next(line for line in text.splitlines() if "\ttrain\t" in line)
+        (corpus / file).write_text(text.replace(first, first.replace("\ttrain", "!\ttrain")))
+    assert run(monkeypatch, *flags_for(corpus, stopped, *MORE)) == 2
+    assert f"{name} " in capsys.readouterr().err
+
+
+def test_a_stopped_run_continues_with_moved_models_and_a_moved_corpus(
+    monkeypatch, small, tmp_path, stopped, whole
+):
+    moved = shutil.copytree(small / "corpus", tmp_path / "moved", symlinks=True)
+    assert run(monkeypatch, *flags_for(moved, stopped, *MORE, "--recompute", "all")) == 0
+    assert results_of(stopped)[0] == whole[0]
+
+
+def test_two_runs_in_one_folder_are_refused_row_39(monkeypatch, command, capsys):
+    codes = []
+    at_step(monkeypatch, 2, lambda: codes.append(run(monkeypatch, *command)))
+    assert run(monkeypatch, *command) == 0
+    assert codes == [2] and "another run writes to" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_locked_is_reported(monkeypatch, command, capsys):
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    assert run(monkeypatch, *command) == 0
+    assert "do not start a second run in this folder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_a_first_step_that_changes_the_wrong_tensors_is_an_error(toy, monkeypatch, is_frozen):
+    model, batches = new_model(*toy)
+    state = train.TrainState(model, toy[0])
+    names = {id(p): name for name, p in model.named_parameters()}
+    name = "llm.model.norm.weight" if is_frozen else "projector.model.2.bias"
+    parameters = state.optimizer.param_groups[0]["params"]
+    if is_frozen:
+        step = state.optimizer.step
+        weight = model.llm.model.norm.weight
+        monkeypatch.setattr(state.optimizer, "step", lambda: step() or weight.detach().add_(1e-6))
+    else:
+        state.optimizer.param_groups[0]["params"] = [p for p in parameters if names[id(p)] != name]
+    with pytest.raises(ValueError, match=f"the first step is wrong: .*{name}"):
+        train_epochs(model, batches, toy[0], state=state)
