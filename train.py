@@ -797,15 +797,15 @@ def finish(model: LLaST, splits: dict, settings: Preset, out: Path, start_time: 
     """
     results, search = {}, SearchOptions(settings.beams)
     merge_lora(model)  # From here on the model only translates, and merged weights are faster.
-    dev = by_direction(splits["dev"]).values()
-    lowest = min(score_rows(model, rows, search=search)["low_score"] for rows in dev)
-    model.config = replace(model.config, max_loss=-lowest)
-    model.save_pretrained(out)
-    for direction, group in by_direction(splits["test"]).items():
-        with explain_out_of_memory(f"on a test clip ({saved_in(out)})", ADVICE_MODELS):
+    with explain_out_of_memory(f"on a dev or test clip ({saved_in(out)})", ADVICE_MODELS):
+        dev = by_direction(splits["dev"]).values()
+        lowest = min(score_rows(model, rows, search=search)["low_score"] for rows in dev)
+        model.config = replace(model.config, max_loss=-lowest)
+        model.save_pretrained(out)
+        for direction, group in by_direction(splits["test"]).items():
             tsv = out / f"test.{direction}.tsv"
             results[direction] = score_rows(model, group, tsv, search, progress=True)
-        print(f"test {describe(direction, results[direction])}")
+            print(f"test {describe(direction, results[direction])}")
     results["seconds"] = seconds = round(time.time() - start_time, 1)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     for name in ("llast.safetensors", "llast.json", "results.json", "."):

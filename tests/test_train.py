@@ -497,7 +497,7 @@ def test_out_of_memory_names_the_phase_and_the_options_that_help_row_31(
         patch.setattr(train, "dev_scores", lambda *_: {})
         patch.setattr(train, "score_rows", too_much)
         assert run(patch, *flags_for(corpus, tmp_path / "test")) == 2
-    assert "on a test clip (A model is saved in" in capsys.readouterr().err
+    assert "on a dev or test clip (A model is saved in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
