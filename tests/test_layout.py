@@ -27,7 +27,7 @@ LIMITS = {  # code lines of each file, at most
     "train": 550,
 }
 SEVEN = tuple(LIMITS)
-TOOLS = ("cost", "prepare", "convert", "plan", "evaluate")
+TOOLS = ("cost", "prepare", "convert", "plan", "evaluate", "reproduce")
 ORDER = [*SEVEN, *(f"tools.{name}" for name in TOOLS)]  # each imports only from those before it
 PACKAGES = set("torch numpy sentencepiece safetensors soundfile sacrebleu tqdm pytest".split())
 TOP_LEVEL = {*(f"{name}.py" for name in SEVEN)} | set(
