@@ -1,0 +1,105 @@
+"""tiny/measure.py and tiny/tables.py: the measures, and the tables of tiny/README.md."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import toys
+from lora import lora_layers
+from translate import SearchOptions, translate
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def measure(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tiny")
+    import measure
+
+    return measure
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tiny")
+    import tables
+
+    return tables
+
+
+def tones(*hertz: float) -> torch.Tensor:
+    """The sum of tones of 1 s."""
+    return torch.from_numpy(sum(0.2 * toys.tone(f, 16000, seconds=1) for f in hertz)).float()
+
+
+def power(audio: torch.Tensor, hertz: int) -> float:
+    """The power of a clip of 1 s at a frequency, as a share of that of a tone in tones()."""
+    return (torch.fft.rfft(audio)[hertz].abs() / (0.2 * len(audio) / 2)).item() ** 2
+
+
+def test_the_noise_has_a_tenth_of_the_power_of_the_speech(measure):
+    audio = tones(500)
+    noise = measure.add_noise(audio) - audio
+    assert 10 * torch.log10(audio.norm() ** 2 / noise.norm() ** 2) == pytest.approx(10, abs=0.2)
+
+
+def test_an_mp3_file_keeps_the_tones_and_their_length(measure):
+    audio = measure.as_mp3(tones(500, 3000))
+    assert power(audio[:16000], 500) > 0.9 and power(audio[:16000], 3000) > 0.9
+    assert 1 <= len(audio) / 16000 < 1.2  # libsndfile's mp3 has padding
+
+
+def test_a_telephone_keeps_only_300_to_3400_hz(measure):
+    audio = measure.as_telephone(tones(100, 1000, 3000, 3700))
+    assert len(audio) == 16000
+    assert power(audio, 1000) > 0.9 and power(audio, 3000) > 0.9
+    assert power(audio, 100) < 0.01 and power(audio, 3700) < 0.01
+
+
+def test_silence_is_weak_and_noise_is_loud(measure):
+    for clips, peak in ((measure.silent_clips(), 5e-4), (measure.noise_clips(), 0.5)):
+        assert len(clips) == measure.N_SOUNDS
+        assert all(clip.abs().max() == pytest.approx(peak) for clip in clips)
+        assert all(16000 <= len(clip) <= 64000 for clip in clips)
+
+
+def test_auc_is_the_share_of_pairs_in_the_right_order(measure):
+    assert measure.auc([3.0, 4.0], [1.0, 2.0]) == 1
+    assert measure.auc([1.0, 3.0], [2.0, 0.0]) == 0.75
+    assert measure.auc([1.0], [1.0]) == 0.5
+
+
+def test_inside_the_block_the_llm_gets_only_the_chosen_states(measure, model, clips):
+    audio = [torch.randn(16000, generator=torch.Generator().manual_seed(0))]
+    with measure.keep_states(model, lambda speech: speech[:20]):
+        assert model.encode_speech(audio)[0].shape[0] == 20
+        translate(model, toys.good(clips)[:1], search=SearchOptions(1, 1.0, 2))  # uses it, too
+    assert model.encode_speech(audio)[0].shape[0] == 50
+
+
+def test_a_lora_that_is_switched_off_changes_nothing_and_comes_back(measure, model):
+    x = torch.randn(2, 3, model.speech_encoder.config.d_model)
+    encoder_layer = lora_layers(model.speech_encoder)[0]
+    llm_scales = [layer.scale for layer in lora_layers(model.llm)]
+    before = encoder_layer.eval()(x)
+    with measure.without_lora(model, "encoder"):
+        plain = torch.nn.functional.linear(x, encoder_layer.weight, encoder_layer.bias)
+        assert torch.allclose(encoder_layer(x), plain)
+        assert [layer.scale for layer in lora_layers(model.llm)] == llm_scales
+    assert torch.equal(encoder_layer(x), before) and not torch.allclose(before, plain)
+
+
+# ---------------------------------------------------------------------------- tables of the README
+
+
+def test_the_tables_of_the_readme_are_those_of_the_result_files(tables):
+    text = tables.README.read_text(encoding="utf-8")
+    assert tables.write_tables(text) == text
+
+
+def test_a_table_is_written_between_its_marks(tables, monkeypatch):
+    monkeypatch.setattr(tables, "TABLES", {"a": lambda: tables.table(["x", "y"], [[1, 2]])})
+    text = "before\n<!-- a -->\nold\n<!-- end -->\n<!-- b -->\nstays\n<!-- end -->\n"
+    new = "before\n<!-- a -->\n| x | y |\n| --- | --- |\n| 1 | 2 |\n<!-- end -->\n"
+    assert tables.write_tables(text) == new + "<!-- b -->\nstays\n<!-- end -->\n"

@@ -1,0 +1,129 @@
+"""Write the tables of tiny/README.md from the result files.
+
+    python tiny/tables.py
+
+A table is between <!-- NAME --> and <!-- end --> in the README. tests/test_tables.py checks that
+the tables in the README are those of the files.
+"""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+TINY = Path(__file__).resolve().parent
+README = TINY / "README.md"
+MEASURED = TINY / "results.json"  # written by measure.py
+ATTENTION = TINY / "attention.json"  # written by attention.py
+RUNS = TINY.parent / "notebooks" / "experiments" / "results.jsonl"  # written by runs.py
+
+EXPERIMENTS = {  # name in results.jsonl: words in the table
+    "none": "no LoRA, only the projector",
+    "s-lora": "S-LoRA: only in the encoder",
+    "l-lora": "L-LoRA: only in the LLM",
+    "dual": "both (dual LoRA), the preset",
+    "asr-0": "both, without transcription, as many steps",
+    "three-languages": "both, three languages",
+}
+SOUND = {
+    "none": "the test clips as they are",
+    "noise": "with white noise, 10 dB weaker than the speech",
+    "mp3": "as mp3 with 44.1 kHz and two channels",
+    "telephone": "telephone: 300 to 3,400 Hz, 8 kHz, mu-law",
+}
+
+
+def table(columns: list[str], rows: list[list]) -> str:
+    """A Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def interval(scores: dict) -> str:
+    """BLEU with half of the width of its 95 % interval."""
+    low, high = scores["bleu_interval"]
+    return f"{scores['bleu']:.1f} ± {(high - low) / 2:.1f}"
+
+
+def bleu_row(name: str, scores: dict) -> list:
+    return [name, scores["n"], interval(scores), f"{100 * scores['exact']:.0f} %"]
+
+
+BLEU_COLUMNS = ["clips", "BLEU", "equal to the reference"]
+
+
+def experiments_table() -> str:
+    lines = [json.loads(line) for line in RUNS.read_text().splitlines()]
+    rows = []
+    for name, words in EXPERIMENTS.items():
+        group = sorted((line for line in lines if line["name"] == name), key=lambda x: x["seed"])
+        for direction in group[0]["test"]:
+            tests = [line["test"][direction] for line in group]
+            bleu = [scores["bleu"] for scores in tests]
+            width = statistics.mean(s["bleu_interval"][1] - s["bleu_interval"][0] for s in tests)
+            rows.append([
+                words if direction == "fr-en" else "", direction, group[0]["steps"],
+                f"{group[0]['trained_parameters']:,}",
+                ", ".join(f"{line['dev_loss']:.3f}" for line in group),
+                ", ".join(f"{line['dev_bleu'][direction]:.1f}" for line in group),
+                ", ".join(f"{number:.1f}" for number in bleu),
+                f"{statistics.mean(bleu):.1f}", f"± {width / 2:.1f}",
+            ])  # fmt: skip
+    columns = ["LoRA and data", "direction", "steps", "trained parameters", "dev loss", "dev BLEU"]
+    return table([*columns, "test BLEU", "mean", "interval"], rows)
+
+
+def sound_table() -> str:
+    sound = json.loads(MEASURED.read_text())["sound"]
+    names = {name: SOUND.get(name, f"other clips, voice `{name}`") for name in sound}
+    rows = [bleu_row(names[name], scores) for name, scores in sound.items()]
+    return table(["sound", *BLEU_COLUMNS], rows)
+
+
+def parts_table() -> str:
+    results = json.loads(MEASURED.read_text())
+    parts = {"everything": results["sound"]["none"]} | results["parts"]
+    rows = [bleu_row(name, scores) for name, scores in parts.items()]
+    return table(["what the model uses", *BLEU_COLUMNS], rows)
+
+
+def scores_table() -> str:
+    scores = json.loads(MEASURED.read_text())["scores"]
+    rows = []
+    for name, group in scores["groups"].items():
+        marked = f"{group['unlikely']} ({100 * group['unlikely'] / group['n']:.0f} %)"
+        areas = [group.get("auc", "-"), group.get("auc of right translations", "-")]
+        rows.append([name, group["n"], f"{group['median']:.2f}", marked, *areas])
+    columns = ["clips", "number", "median score", "marked `unlikely`"]
+    return table([*columns, "area, all test clips", "area, right translations"], rows)
+
+
+def attention_table() -> str:
+    results = json.loads(ATTENTION.read_text())
+    rows = [
+        [split, values["clips"], values["words"], f"{values['mean']:.2f}", f"{values['low']:.2f}"]
+        for split, values in results["correlation"].items()
+    ]
+    return table(["clips of", "clips", "words", "mean", "10 % of the clips are below"], rows)
+
+
+TABLES = {
+    "experiments": experiments_table,
+    "sound": sound_table,
+    "parts": parts_table,
+    "scores": scores_table,
+    "attention": attention_table,
+}
+
+
+def write_tables(text: str) -> str:
+    """Replace each table that the text has a place for."""
+    for name, make in TABLES.items():
+        if f"<!-- {name} -->" in text:
+            place = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
+            text = re.sub(place, lambda m, make=make: m[1] + make() + m[2], text, flags=re.S)
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(write_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
