@@ -3,6 +3,7 @@
     python notebooks/build.py                  the exercise notebooks
     python notebooks/build.py --run 01 07      the solved notebooks 01 and 07, with outputs
     python notebooks/build.py --run            all solved notebooks
+    python notebooks/build.py --report         the report of the experiments, with outputs
     python notebooks/build.py --handout DIR    a folder for students, without the solutions
 
 Edit only source/*.py: Python files with cells that begin with `# %%` (jupytext's percent format).
@@ -32,6 +33,7 @@ from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
 SOURCES = sorted((HERE / "source").glob("*.py"))
+REPORT = HERE / "experiments" / "report.py"
 SOLUTION = re.compile(r"^( *)# BEGIN SOLUTION\n.*?^ *# END SOLUTION\n?", re.M | re.S)
 STUB = r'\1raise NotImplementedError("your turn")\n'
 SOLUTION_MARK = re.compile(r"^ *# (?:BEGIN|END) SOLUTION\n?", re.M)
@@ -101,7 +103,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", nargs="*", metavar="NN", help="build these solved notebooks")
     parser.add_argument("--handout", type=Path, metavar="DIR", help="copy the files of students")
+    parser.add_argument("--report", action="store_true", help="build the report of the experiments")
     args = parser.parse_args()
+    if args.report:
+        notebook = build(REPORT, solved=True)
+        run(notebook, REPORT.parent)
+        return write(notebook, REPORT.with_suffix(".ipynb"))
     if args.handout:
         return write_handout(args.handout)
     if args.run is None:
