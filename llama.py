@@ -164,6 +164,11 @@ def check_fields(cls, values: dict, path: Path, lowest: float = 1e-12):
 
 # --------------------------------------------------------------------------------------- the layers
 
+# On some GPUs, PyTorch would choose the attention kernel of cuDNN. It prepares every new shape, and
+# this takes much longer than the attention itself. Here most batches, and all steps of a
+# translation, have new shapes.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 class RMSNorm(nn.Module):
     """Divide each vector by its root mean square, multiply by a weight. (..., D) -> (..., D)
@@ -177,10 +182,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # In float16 the squares can overflow, and in bfloat16 their mean would be imprecise.
-        x32 = x.float()
-        normalized = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normalized.to(x.dtype)
+        # x / sqrt(mean(x^2) + eps) * weight. On a GPU this is one kernel, and written as a formula
+        # it would be eight. Numbers in half precision are squared and summed in float32.
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
 def rotary_angles(positions: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
@@ -233,7 +237,7 @@ class Attention(nn.Module):
         """Return (y, (keys of x, values of x)).
 
         past: None, or (keys, values, n): the cache of this layer and its number n of used
-        positions. can_attend: None, or a mask (B, 1, G*T, L) that is True where a query may attend
+        positions. can_attend: None, or as_bias of a mask (B, 1, G*T, L): where a query may attend
         to a key. Llama.hidden lists how the two are used together.
         """
         B, T, D = x.shape
@@ -259,6 +263,17 @@ class Attention(nn.Module):
         y = y.reshape(B, -1, T, self.Dh)  # (B, H, T, Dh)
         y = y.transpose(1, 2).reshape(B, T, -1)
         return self.o_proj(y), present
+
+
+def as_bias(can_attend: Tensor, dtype: torch.dtype) -> Tensor:
+    """Turn a mask into numbers that attention adds to its scores: 0, or -inf for "not".
+
+    Attention would do this itself, but again in every layer. Its kernel on a GPU reads rows whose
+    length in memory is a multiple of 8, and would otherwise copy the mask in every layer.
+    """
+    L = can_attend.shape[-1]
+    bias = torch.zeros(*can_attend.shape[:-1], L + -L % 8, dtype=dtype, device=can_attend.device)
+    return bias[..., :L].masked_fill_(~can_attend, -torch.inf)
 
 
 class MLP(nn.Module):
@@ -378,6 +393,7 @@ class Llama(nn.Module):
             G = self.config.num_attention_heads // self.config.num_key_value_heads
             # One copy of the mask for each of the G heads, in the order of q in Attention.forward.
             can_attend = can_attend[:, None].repeat(1, 1, G, 1)  # (B, 1, G*T, L)
+            can_attend = as_bias(can_attend, x.dtype)  # (B, 1, G*T, L)
         cos, sin = rotary_angles(positions, self.config)
 
         if cache is not None:

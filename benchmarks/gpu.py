@@ -19,9 +19,11 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -171,8 +173,26 @@ def kernels(results: Results, toy: bool, machine: Machine):
             slow += [f"{name}, {use}"] if "MATH" in kernel and ON_GPU else []
         del llm
         free()
+    new_shapes(results)
     if slow:
         raise SystemExit(f"the slow attention kernel runs in: {'; '.join(slow)}")
+
+
+def new_shapes(results: Results):
+    """Time of attention over a length that it has not seen before, with and without cuDNN."""
+    for with_cudnn in (False, True) if ON_GPU else (False,):
+        torch.backends.cuda.enable_cudnn_sdp(with_cudnn)
+        times = {"new": [], "known": []}
+        for L in range(301, 326):
+            q, k = (made_on(DEVICE, DTYPE, torch.randn, 1, 32, n, 128) for n in (5, L))
+            for name in times:
+                work = partial(F.scaled_dot_product_attention, q, k, k)
+                times[name].append(seconds_of(work, DEVICE))
+        for name, seconds in times.items():
+            case = f"attention of a beam step, {name} length, {'with' if with_cudnn else 'without'}"
+            median = statistics.median(seconds[5:])  # the first calls load the kernels
+            results.add("kernels", f"{case} cuDNN", 1e3 * median, "ms")
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 # --------------------------------------------------------------------------------------- training
@@ -216,7 +236,7 @@ def training(preset: str, results: Results, toy: bool, machine: Machine):
         name = f"{preset}, {B} rows of {SECONDS:.0f} s, window {window}, recompute {recompute}"
         name += ", compiled" * compiled
         try:
-            seconds, busy, peak = time_training(model, settings, B, compiled)
+            seconds, shares, peak = time_training(model, settings, B, compiled)
         except torch.OutOfMemoryError as error:
             results.add("training", name, f"out of memory: {str(error)[:80]}")
             free()
@@ -229,7 +249,9 @@ def training(preset: str, results: Results, toy: bool, machine: Machine):
             mfu = flops / seconds / machine.sheet_flops
             results.add("training", f"{name}: MFU (share of the data sheet)", 100 * mfu, "%")
         if ON_GPU:
-            results.add("training", f"{name}: GPU is computing", 100 * busy, "%")
+            results.add("training", f"{name}: GPU computes", 100 * sum(shares.values()), "%")
+            texts = [f"{kind} {share:.0%}" for kind, share in shares.items()]
+            results.add("training", f"{name}: share of the time", ", ".join(texts))
             results.add("training", f"{name}: peak memory, limit = tools/plan.py", peak / 1e9, "GB",
                         predicted(B) / 1e9, peak / predicted(B))  # fmt: skip
         free()
@@ -237,7 +259,7 @@ def training(preset: str, results: Results, toy: bool, machine: Machine):
 
 
 def time_training(model: LLaST, settings: Preset, B: int, compiled: bool):
-    """Median seconds of a step, share of them in which the GPU computes, and peak memory."""
+    """Median seconds of a step, the share of each kind of kernel in them, and peak memory."""
     model.config = replace(model.config, window=settings.window)
     model.speech_encoder.recompute = settings.recompute == "all"
     model.llm.recompute = settings.recompute != "none"
@@ -257,15 +279,29 @@ def time_training(model: LLaST, settings: Preset, B: int, compiled: bool):
         torch.cuda.reset_peak_memory_stats()
     seconds = statistics.median(seconds_of(step, DEVICE) for _ in range(20 if ON_GPU else 2))
     peak = torch.cuda.max_memory_allocated() if ON_GPU else 0
-    return seconds, busy_seconds(step) / seconds if ON_GPU else 0.0, peak
+    kernels = kernel_seconds(step) if ON_GPU else {}
+    return seconds, {kind: busy / seconds for kind, busy in kernels.items()}, peak
 
 
-def busy_seconds(work) -> float:
-    """Seconds in which kernels run during one call of `work`."""
+KINDS = {  # parts of the names of kernels: what they do
+    "matrix products": ("gemm", "nvjet", "cutlass_80", "cutlass_90", "xmma", "gemv", "splitK"),
+    "attention": ("flash", "fmha", "sdpa"),
+    "optimizer and norm of the gradient": ("multi_tensor", "adam"),
+    "dropout": ("dropout",),
+    "copies and changes of type": ("copy", "Memcpy", "cat", "index"),
+}
+
+
+def kernel_seconds(work) -> dict[str, float]:
+    """Seconds in which kernels of each kind run during one call of `work`."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         work()
         torch.cuda.synchronize()
-    return sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6
+    seconds = dict.fromkeys([*KINDS, "other element-wise work"], 0.0)
+    for event in profiler.key_averages():
+        kinds = [k for k, parts in KINDS.items() if any(part in event.key for part in parts)]
+        seconds[(kinds or ["other element-wise work"])[0]] += event.self_device_time_total / 1e6
+    return seconds
 
 
 def waiting(preset: str, model: LLaST, results: Results, toy: bool):

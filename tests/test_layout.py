@@ -19,7 +19,7 @@ import train
 ROOT = Path(__file__).parents[1]
 LIMITS = {  # code lines of each file, at most
     "whisper_encoder": 310,
-    "llama": 450,  # 390 is planned
+    "llama": 455,  # 390 is planned
     "lora": 65,
     "data": 320,
     "llast": 245,
