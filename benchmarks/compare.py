@@ -561,7 +561,7 @@ def main():
     parser.add_argument("--sizes", nargs="+", choices=["tiny", *SIZES], default=sizes)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--times", type=int, default=5, help="turns; the median counts")
-    parser.add_argument("--no-table", action="store_true", help="do not change README.md")
+    parser.add_argument("--no-table", action="store_true", help="do not write the table")
     parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results.json")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()

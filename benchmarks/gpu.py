@@ -481,7 +481,8 @@ def energy(results: Results, toy: bool, machine: Machine, out: Path):
 # -------------------------------------------------------------------------------------- the table
 
 
-def write_readme_table(path: Path):
+def write_readme_tables(path: Path):
+    """The results of the steps, and those of compare.py in peers-*.json in the same folder."""
     values = json.loads(path.read_text())
     about = values["about"]
     lines = [
@@ -490,6 +491,16 @@ def write_readme_table(path: Path):
     ]  # fmt: skip
     lines += [f"| {' | '.join(cells_of(row))} |" for row in values["rows"]]
     write_below("gpu", lines)
+    lines = ["| size | case | ours, ms | peer, ms | peer : ours | peak MB, ours : peer |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for file in sorted(path.parent.glob("peers-*.json")):
+        for r in json.loads(file.read_text())["results"]:
+            lines.append(
+                f"| {r['size']} | {r['case']} | {1e3 * r['ours']:,.1f} | {1e3 * r['peer']:,.1f} "
+                f"| {r['ratio']:.2f} | {r['ours_memory'] / 1e6:,.0f} : "
+                f"{r['peer_memory'] / 1e6:,.0f} |"
+            )
+    write_below("gpu-peers", lines)
 
 
 STEPS = {
@@ -509,7 +520,7 @@ def main():
     parser.add_argument("--toy", action="store_true", help="tiny models, to test this script")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "gpu.json")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="run of `example`")
-    parser.add_argument("--table", action="store_true", help="write the table in README.md")
+    parser.add_argument("--table", action="store_true", help="write the tables in README.md")
     args = parser.parse_args()
     if args.steps and not (ON_GPU or args.toy):
         raise SystemExit("there is no CUDA GPU; --toy runs the steps with tiny models on a CPU")
@@ -522,7 +533,7 @@ def main():
         more = (args.out,) if name in ("example", "energy") else ()
         STEPS[name](results, args.toy, machine, *more)
     if args.table:
-        write_readme_table(args.json)
+        write_readme_tables(args.json)
 
 
 if __name__ == "__main__":
