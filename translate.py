@@ -558,7 +558,7 @@ def choose_direction(model: LLaST, lang: str | None, folder: Path, task: str) ->
 def add_options(parser: argparse.ArgumentParser):
     """Add the options of both translate.py and tools/evaluate.py."""
     add = parser.add_argument
-    add("--model", type=Path, help="folder of a trained model [the newest one in runs/]")
+    add("--model", type=Path, help="folder of a trained model [the newest in runs/, or tiny/model]")
     add("--beams", type=int, default=5, help="number of beams [5]; 1 is greedy search")
     add("--length-penalty", type=float, default=1.0, help="above 1 prefers longer answers [1]")
     add("--max-new-tokens", type=int, default=256, help="longest answer, in tokens [256]")
@@ -586,10 +586,9 @@ def load_model(args: argparse.Namespace) -> tuple[LLaST, Path]:
     folder = args.model
     if not folder:
         saved = sorted((HERE / "runs").glob("*/llast.json"), key=lambda path: path.stat().st_mtime)
-        if not saved:
-            raise FileNotFoundError(f"no trained model in {HERE / 'runs'}; run python train.py")
-        folder = saved[-1].parent
-        print(f"no --model: the newest one is {folder}", file=sys.stderr)
+        folder = saved[-1].parent if saved else HERE / "tiny" / "model"
+        kind = "newest" if saved else "included"
+        print(f"no --model: using the {kind} one, {folder}", file=sys.stderr)
     device, dtype, _ = pick_device()
     with explain_out_of_memory("while loading the model", "use a smaller model"):
         model = LLaST.from_pretrained(folder, args.encoder, args.llm, device, dtype)

@@ -9,14 +9,17 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import toys
+import translate
 from data import read_table
 
 ROOT = Path(__file__).parents[1]
 CORPUS = ROOT / "tiny" / "corpus"
 LANGUAGES = ("de", "es", "fr")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def sha256_in_readme(start: str) -> str:
@@ -142,3 +145,11 @@ def test_the_files_in_git_are_below_78_megabytes():
     if ROOT / "llast.py" not in files:
         pytest.skip("not a checkout of this project")
     assert sum(file.stat().st_size for file in files if file.exists()) < 78e6
+
+
+def test_the_included_model_translates_the_clip_of_the_readme(run_main, monkeypatch):
+    clip = re.search(r"python translate.py (tiny/corpus/\S+)", README)[1]
+    [reference] = [row["translation"] for row in rows("fr") if row["path"] == Path(clip).name]
+    monkeypatch.setattr(translate, "pick_device", lambda: (torch.device("cpu"), torch.float32, ""))
+    _, lines, _ = run_main(translate, "--model", ROOT / "tiny" / "model", ROOT / clip)
+    assert [line.split("\t")[1:] for line in lines] == [[reference]]
