@@ -236,7 +236,7 @@ def training(preset: str, results: Results, toy: bool, machine: Machine):
         name = f"{preset}, {B} rows of {SECONDS:.0f} s, window {window}, recompute {recompute}"
         name += ", compiled" * compiled
         try:
-            seconds, shares, peak = time_training(model, settings, B, compiled)
+            seconds, kernels, peak = time_training(model, settings, B, compiled)
         except torch.OutOfMemoryError as error:
             results.add("training", name, f"out of memory: {str(error)[:80]}")
             free()
@@ -249,9 +249,7 @@ def training(preset: str, results: Results, toy: bool, machine: Machine):
             mfu = flops / seconds / machine.sheet_flops
             results.add("training", f"{name}: MFU (share of the data sheet)", 100 * mfu, "%")
         if ON_GPU:
-            results.add("training", f"{name}: GPU computes", 100 * sum(shares.values()), "%")
-            texts = [f"{kind} {share:.0%}" for kind, share in shares.items()]
-            results.add("training", f"{name}: share of the time", ", ".join(texts))
+            add_shares(results, "training", name, kernels, seconds)
             results.add("training", f"{name}: peak memory, limit = tools/plan.py", peak / 1e9, "GB",
                         predicted(B) / 1e9, peak / predicted(B))  # fmt: skip
         free()
@@ -259,7 +257,7 @@ def training(preset: str, results: Results, toy: bool, machine: Machine):
 
 
 def time_training(model: LLaST, settings: Preset, B: int, compiled: bool):
-    """Median seconds of a step, the share of each kind of kernel in them, and peak memory."""
+    """Median seconds of a step, seconds of its kernels of each kind, and peak memory."""
     model.config = replace(model.config, window=settings.window)
     model.speech_encoder.recompute = settings.recompute == "all"
     model.llm.recompute = settings.recompute != "none"
@@ -279,8 +277,7 @@ def time_training(model: LLaST, settings: Preset, B: int, compiled: bool):
         torch.cuda.reset_peak_memory_stats()
     seconds = statistics.median(seconds_of(step, DEVICE) for _ in range(20 if ON_GPU else 2))
     peak = torch.cuda.max_memory_allocated() if ON_GPU else 0
-    kernels = kernel_seconds(step) if ON_GPU else {}
-    return seconds, {kind: busy / seconds for kind, busy in kernels.items()}, peak
+    return seconds, kernel_seconds(step) if ON_GPU else {}, peak
 
 
 KINDS = {  # parts of the names of kernels: what they do
@@ -302,6 +299,14 @@ def kernel_seconds(work) -> dict[str, float]:
         kinds = [k for k, parts in KINDS.items() if any(part in event.key for part in parts)]
         seconds[(kinds or ["other element-wise work"])[0]] += event.self_device_time_total / 1e6
     return seconds
+
+
+def add_shares(results: Results, step: str, name: str, kernels: dict, seconds: float):
+    """Write in which share of the time the GPU computes, and what it computes."""
+    results.add(step, f"{name}: GPU computes", 100 * sum(kernels.values()) / seconds, "%")
+    shares = {kind: value / seconds for kind, value in kernels.items()}
+    texts = [f"{kind} {share:.0%}" for kind, share in shares.items() if share > 0.005]
+    results.add(step, f"{name}: share of the time", ", ".join(texts))
 
 
 def waiting(preset: str, model: LLaST, results: Results, toy: bool):
@@ -359,6 +364,8 @@ def decode(results: Results, toy: bool, machine: Machine):
             results.add("decode", f"{name}: a token", 1e3 * step, "ms", 1e3 * limit, limit / step)
             results.add("decode", f"{name}: {n} tokens with the prompt, per clip",
                         1e3 * whole / B, "ms")  # fmt: skip
+            if ON_GPU:
+                add_shares(results, "decode", name, kernel_seconds(partial(search, n)), whole)
     if ON_GPU:
         for B in (1, 32):
             seconds = graph_seconds(model, B, W, P, n)
