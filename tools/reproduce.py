@@ -192,14 +192,14 @@ def is_covost2(settings: Preset) -> bool:
     )
 
 
-def write_table(by_seed: dict[int, dict], settings: Preset, args: argparse.Namespace):
-    """Write and print table.md, with the seeds that are done."""
+def write_table(by_seed: dict[int, dict], settings: Preset, args: argparse.Namespace) -> str:
+    """Write table.md, with the seeds that are done, and return it."""
     done = f"{len(by_seed)} of {len(args.seeds)} seed{'s'[: len(args.seeds) > 1]}"
     title = f"BLEU of the preset {args.preset} {shlex.join(args.train_options)}".rstrip()
     lines = [f"{title}, {done}. Range: from the lowest to the highest seed.", ""]
     text = "\n".join(lines + table_lines(by_seed, is_covost2(settings))) + "\n"
     (args.out / "table.md").write_text(text, encoding="utf-8")
-    print(f"\n{text}\nThis table: {short(args.out / 'table.md')}")
+    return text
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -242,7 +242,8 @@ def main(argv: list[str] | None = None) -> int:
         by_seed = {}
         for seed in args.seeds:
             by_seed[seed] = train_and_evaluate(args.out / f"seed{seed}", seed, settings, args)
-            write_table(by_seed, settings, args)
+            table = write_table(by_seed, settings, args)
+        print(f"\n{table}\nThis table: {short(args.out / 'table.md')}")
     except KeyboardInterrupt:
         print("\nstopped; the same command continues from here", file=sys.stderr)
         return 130
