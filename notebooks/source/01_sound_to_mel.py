@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 1 · Sound to mel: what does the model hear?
 #
-# **60 minutes** (the computer needs a few seconds) · explains `whisper_encoder.py` from
-# `resample` to `clip_to_mel` · needs no model
+# **60 minutes**, of which the computer needs less than one. This notebook explains
+# `whisper_encoder.py` from `resample` to `clip_to_mel`. It needs no model.
 #
 # After this notebook you can
 # 1. predict how many mel frames and how many positions a clip has;

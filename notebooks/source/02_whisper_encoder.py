@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 2 · The Whisper encoder: from 100 frames to 50 states
 #
-# **75 minutes** (the computer needs half a minute) · explains `whisper_encoder.py` from
-# `SelfAttention` to `WhisperEncoder` · before it: notebook 1
+# **75 minutes**, of which the computer needs less than one. This notebook explains
+# `whisper_encoder.py` from `SelfAttention` to `WhisperEncoder`. Do notebook 1 first.
 #
 # After this notebook you can
 # 1. follow the shapes from mel frames to states;
@@ -11,6 +11,10 @@
 #
 # The encoder in `tiny/whisper` is that of OpenAI's whisper-base. It was trained to
 # transcribe 680,000 hours of real speech. Nobody changed it for this course.
+#
+# The notebook stops at the first exercise that is not done yet, with
+# `NotImplementedError: your turn`. Write your answer in place of this line, run the cell,
+# then run the check below it.
 
 # %% tags=["setup"]
 import math

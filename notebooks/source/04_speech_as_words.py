@@ -1,13 +1,18 @@
 # %% [markdown]
 # # 4 · Speech becomes words of the LLM
 #
-# **90 minutes** (the computer needs two of them) · explains `data.py` (prompts, labels)
-# and `llast.py` (`splice`, `forward`) · before it: notebooks 2 and 3
+# **90 minutes**, of which the computer needs less than three. This notebook explains the
+# prompts and labels in `data.py`, and `splice` and `forward` in `llast.py`. Do notebooks
+# 2 and 3 first.
 #
 # After this notebook you can
 # 1. build a training row: a prompt with speech inside, and the right answer;
 # 2. prove that the model does not see the answer, although the answer is in its input;
 # 3. find the sound behind a written word, in two ways, and translate your own voice.
+#
+# The notebook stops at the first exercise that is not done yet, with
+# `NotImplementedError: your turn`. Write your answer in place of this line, run the cell,
+# then run the check below it.
 
 # %% tags=["setup"]
 import sys
