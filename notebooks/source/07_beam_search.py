@@ -402,12 +402,12 @@ def prompt_of(clip):
 
 
 def reader(prompt):
+    # There is no cache: the model reads the whole prompt again for every token.
     @torch.inference_mode()
-    def next_log_probs(
-        answers,
-    ):  # no cache: it reads the whole prompt again for every token
+    def next_log_probs(answers):
         tokens = torch.tensor(answers, dtype=torch.long).view(len(answers), -1)
-        x = torch.cat([prompt.expand(len(answers), -1, -1), model.llm.embed(tokens)], dim=1)
+        beginnings = prompt.expand(len(answers), -1, -1)  # (W, P, D)
+        x = torch.cat([beginnings, model.llm.embed(tokens)], dim=1)
         states, _ = model.llm.hidden(x)
         return model.llm.logits(states[:, -1]).log_softmax(-1)
 
@@ -446,10 +446,8 @@ stop = process_time()
 assert [ids for ids, _ in yours] == [h.ids for h in library], (
     "not the five sentences of the library"
 )
-print(
-    "largest difference of a score:",
-    max(abs(s - h.score) for (_, s), h in zip(yours, library)),
-)
+difference = max(abs(total - h.score) for (_, total), h in zip(yours, library))
+print("largest difference of a score:", difference)
 print(f"yours, without a cache: {middle - start:.2f} s")
 print(f"the library, with a cache: {stop - middle:.2f} s")
 
