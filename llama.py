@@ -70,14 +70,7 @@ class Cache:
 # These settings of config.json have only one supported value. None: the setting must be missing.
 SUPPORTED_VALUES = {
     "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-    "rope_type": "default", "type": "default", "partial_rotary_factor": 1.0,
-    "sliding_window": None,
-}  # fmt: skip
-# These settings change the rotary positions of Llama 3.1 and later, see rotary_angles. These values
-# change nothing.
-NO_SCALING = {
-    "factor": 1.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
+    "rope_type": "default", "type": "default", "partial_rotary_factor": 1.0, "sliding_window": None,
 }  # fmt: skip
 
 
@@ -95,7 +88,9 @@ class LlamaConfig:
     rms_norm_eps: float
     rope_theta: float
     tie_word_embeddings: bool
-    factor: float = 1.0  # this and the next three scale rotary positions, see rotary_angles
+    # These four change slow rotary positions ("rope_type": "llama3"), see scale_frequency. These
+    # values change nothing.
+    factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
@@ -113,29 +108,28 @@ class LlamaConfig:
             if not isinstance(inner, dict):
                 raise ValueError(f"{path}: {name} must be an object, found {inner!r:.60}")
             raw |= {key: value for key, value in inner.items() if value is not None}
-        is_scaled = raw.get("rope_type") == "llama3"
-        required = SUPPORTED_VALUES | ({"rope_type": "llama3"} if is_scaled else NO_SCALING)
-        unsupported = {k: raw[k] for k, value in required.items() if raw.get(k, value) != value}
+        no_scaling = {field.name: field.default for field in fields(cls)[-4:]}
+        if raw.get("rope_type") == "llama3":
+            no_scaling = {"rope_type": "llama3"}  # so the four values are required
+        supported = (SUPPORTED_VALUES | no_scaling).items()
+        unsupported = {k: raw[k] for k, value in supported if raw.get(k, value) != value}
         if unsupported:
             raise ValueError(f"{path}: not supported: {unsupported!r:.200}; use another model")
 
-        # Old config.json files do not have these two values.
-        raw = {"rope_theta": 10_000.0, "tie_word_embeddings": False} | raw
-        raw = raw if is_scaled else raw | NO_SCALING
+        # Old config.json files do not have the first two values.
+        raw = {"rope_theta": 10_000.0, "tie_word_embeddings": False} | no_scaling | raw
         D, H = raw.get("hidden_size"), raw.get("num_attention_heads")
         raw.setdefault("num_key_value_heads", H)
         # check_fields below reports wrong types. This division must not fail before that.
         if type(D) is int and type(H) is int and H > 0:
             raw.setdefault("head_dim", D // H)
         config = check_fields(cls, raw, path)
-        groups_fit = config.num_attention_heads % config.num_key_value_heads == 0
-        scaling_fits = config.low_freq_factor < config.high_freq_factor
-        is_valid = groups_fit and scaling_fits and config.num_hidden_layers <= 1000
-        if not is_valid or config.head_dim % 2:
+        H, Hk = config.num_attention_heads, config.num_key_value_heads
+        fits = H % Hk == 0 and config.head_dim % 2 == 0 and config.num_hidden_layers <= 1000
+        if not fits or config.low_freq_factor >= config.high_freq_factor:
             raise ValueError(
                 f"{path}: num_key_value_heads must divide num_attention_heads, head_dim must be "
-                f"even, low_freq_factor must be below high_freq_factor, and there can be at most "
-                f"1000 layers; found {config}"
+                f"even, low_freq_factor below high_freq_factor, at most 1000 layers; found {config}"
             )
         return config
 
@@ -187,29 +181,37 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
-def rotary_angles(positions: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
+def rotary_angles(positions: Tensor, Dh: int, theta: float, config=None) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the angle of each dimension, in float32. (B, T) -> two of (B, 1, T, Dh)
 
     Attention itself does not know the order of the tokens. Rotary positions add it: each pair of
     dimensions of a query or key is rotated by an angle that is proportional to its position. So the
     score of a query and a key depends only on the distance between their positions, and on their
     content. A pair (a, b) becomes (a cos - b sin, b cos + a sin). The returned sine is negative in
-    the first half of the dimensions, because a gets -b sin.
+    the first half of the dimensions, because a gets -b sin. `config` is needed only for Llama 3.1
+    and later, see scale_frequency.
     """
-    Dh = config.head_dim
-    # The angle between two neighbouring positions. Early pairs rotate fast, late pairs slowly.
-    pair = torch.arange(0, Dh, 2, device=positions.device).float() / Dh  # (Dh/2,)
-    frequency = config.rope_theta**-pair  # (Dh/2,)
-    # Llama 3.1 was first trained on short texts, then on longer ones. Pairs that made only a part
-    # of a turn in a short text would reach new angles in a long text. They rotate `factor` times
-    # slower. Pairs that made many turns stay as they are, and those between change in part.
-    turns = config.original_max_position_embeddings * frequency / (2 * math.pi)
-    low, high = config.low_freq_factor, config.high_freq_factor
-    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: unchanged, 0: slower
-    frequency = frequency * (kept + (1 - kept) / config.factor)
+    # The angle from one position to the next. Early pairs rotate fast, late pairs slowly.
+    frequency = theta ** (-torch.arange(0, Dh, 2, device=positions.device).float() / Dh)
+    if config is not None:
+        frequency = scale_frequency(frequency, config)
     angle = positions[:, None, :, None] * frequency  # (B, 1, T, Dh/2)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)  # (B, 1, T, Dh)
+
+
+def scale_frequency(frequency: Tensor, config: LlamaConfig) -> Tensor:
+    """Make the slow pairs slower, so that long texts need no new angles. (Dh/2,) -> (Dh/2,)
+
+    Llama 3.1 was first trained on texts of up to original_max_position_embeddings tokens, later on
+    texts that are longer by about `factor`. A pair that made only a part of a turn in a short text
+    becomes slower by `factor`. A pair that made several turns has used all angles and stays as it
+    is. A pair between these two limits becomes a little slower.
+    """
+    turns = config.original_max_position_embeddings * frequency / (2 * math.pi)
+    low, high = config.low_freq_factor, config.high_freq_factor
+    unchanged = ((turns - low) / (high - low)).clamp(0, 1)  # 1: unchanged, 0: slower by `factor`
+    return torch.lerp(frequency / config.factor, frequency, unchanged)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -307,9 +309,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, past=None, can_attend=None, selection=None
-    ):
+    def forward(self, x, cos, sin, past=None, can_attend=None, selection=None):
         y, present = self.self_attn(self.input_layernorm(x), cos, sin, past, can_attend)
         x = x + y
         if selection is not None:
@@ -358,12 +358,7 @@ class Llama(nn.Module):
         return self.model.embed_tokens(ids)
 
     def hidden(
-        self,
-        x: Tensor,
-        cache: Cache | None = None,
-        positions: Tensor | None = None,
-        can_attend: Tensor | None = None,
-        selection: tuple[Tensor, Tensor] | None = None,
+        self, x: Tensor, cache: Cache | None = None, positions=None, can_attend=None, selection=None
     ) -> tuple[Tensor, Cache]:
         """Embeddings (B, T, D) -> normalized states of the last layer (B, T, D), and the cache.
 
@@ -394,7 +389,8 @@ class Llama(nn.Module):
             # One copy of the mask for each of the G heads, in the order of q in Attention.forward.
             can_attend = can_attend[:, None].repeat(1, 1, G, 1)  # (B, 1, G*T, L)
             can_attend = as_bias(can_attend, x.dtype)  # (B, 1, G*T, L)
-        cos, sin = rotary_angles(positions, self.config)
+        Dh, theta = self.config.head_dim, self.config.rope_theta
+        cos, sin = rotary_angles(positions, Dh, theta, self.config)
 
         if cache is not None:
             cache.reserve(T)
@@ -454,97 +450,80 @@ class Llama(nn.Module):
 
 # ------------------------------------------------------------------------------------ the tokenizer
 
-# The files of each kind of tokenizer. The first has the pieces. llast.py computes the fingerprint
-# of an LLM from its weights, its config.json and these files.
+# The files of the two kinds of tokenizer. The first file has the pieces. llast.py computes the
+# fingerprint of an LLM from its weights, its config.json and these files.
 SENTENCEPIECE_FILES = ("tokenizer.model", "tokenizer_config.json", "added_tokens.json")
 BYTE_PAIR_FILES = ("tokenizer.json", "generation_config.json")
 
 
-def tokenizer_files(folder: Path) -> tuple[str, ...]:
-    """The names of the files that Tokenizer reads in a folder, next to config.json.
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Return the files that Tokenizer reads in a folder, besides config.json.
 
-    Folders of Llama 2 have both tokenizer.model and tokenizer.json, with the same pieces. Then
-    tokenizer.model is read.
+    If a folder has both kinds, tokenizer.model is read. In folders of Llama 2, tokenizer.json has
+    the same pieces in another format.
     """
-    has_json = (folder / "tokenizer.json").is_file()
-    has_model = (folder / "tokenizer.model").is_file()
-    if has_json and not (has_model and not is_tiktoken(folder / "tokenizer.model")):
-        return BYTE_PAIR_FILES
-    return SENTENCEPIECE_FILES
-
-
-def is_tiktoken(file: Path) -> bool:
-    """True for the tokenizer.model of Llama 3: a text with a piece in base64 and an id per line."""
-    return re.match(rb"[A-Za-z0-9+/]+=* \d+\s", file.read_bytes()) is not None
+    for names in (SENTENCEPIECE_FILES, BYTE_PAIR_FILES):
+        if (folder / names[0]).is_file():
+            return [folder / name for name in names]
+    raise FileNotFoundError(f"{folder} has no tokenizer.model or tokenizer.json; download one")
 
 
 def load_sentencepiece(file: Path) -> sentencepiece.SentencePieceProcessor:
-    """Load tokenizer.model. Raise an error if the file is missing or has another format."""
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{file.parent} has no tokenizer.model and no tokenizer.json; download one of them"
-        )
+    """Load tokenizer.model. Raise ValueError if the file has another format."""
     try:
         return sentencepiece.SentencePieceProcessor(model_file=str(file))
     except RuntimeError as error:
+        # In Llama 3, tokenizer.model is a text file. Each line has a token in base64 and a number.
         reason = f"{error}; copy the file again"
-        if is_tiktoken(file):
-            reason = "it has the format of Llama 3; download the tokenizer.json of this model, too"
+        if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", file.read_bytes()):
+            reason = "it has the format of Llama 3; remove it, and download tokenizer.json instead"
         raise ValueError(f"{file} cannot be read as a sentencepiece model: {reason}") from error
 
 
-# Byte-level byte-pair encoding (BPE), from text to ids:
+# The other kind is byte-level byte-pair encoding (BPE). An example with the pieces of SmolLM2:
 #
-#   1. The text is split into words, digits and punctuation.     " où 12"  ->  " où", " ", "1", "2"
-#   2. Each byte (UTF-8) becomes one printable character.           " où"  ->  "ĠoÃ¹"
-#   3. Neighbours are merged, as long as a merge rule fits.       "ĠoÃ¹"  ->  "Ġo", "Ã¹"
-#   4. Each piece has an id.
+#   step 1   split the text into words                "Où 12 ?"  ->  "Où", " ", "1", "2", " ?"
+#   step 2   write bytes as printable characters           "Où"  ->  "OÃ¹", because ù has two bytes
+#   step 3   merge neighbours, the lowest rank first  O, Ã, ¹    ->  O, Ã¹
+#   step 4   look up the ids                          O, Ã¹      ->  63, 45586
 #
-# There is no unknown word: a rare word is only split into more pieces, at worst into single bytes.
+# A merge such as (Ã, ¹) was learned from text: the pair of neighbours that was most frequent became
+# the merge with rank 0, then the next pair was counted, and so on. A rare word has more pieces than
+# a frequent one, in the worst case its single bytes. So there are no unknown words.
 
-# Step 1. The patterns are those in tokenizer.json. Each splits a text completely: everything
-# matches. re does not know \p{L} (letters) and \p{N} (numbers), see compile_pattern.
+# Step 1. Each pattern matches the whole text, part after part. \p{L} is a letter, \p{N} a number.
 DIGITS = r"\p{N}|[^\p{N}]+"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False}
-# Pairs: the steps of "pre_tokenizer" in tokenizer.json, and the patterns that they mean. SmolLM2
-# makes each digit a word, Llama 3 up to three digits.
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+LLAMA3 += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Each "pre_tokenizer" that is supported in tokenizer.json, and its patterns. SmolLM2 makes a word
+# of every digit, Llama 3 of up to three digits.
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 PRE_TOKENIZERS = (
-    ([{"type": "Digits", "individual_digits": True}, BYTE_LEVEL | {"use_regex": True}],
-     [DIGITS, GPT2]),
+    ([{"type": "Digits", "individual_digits": True}, BYTES | {"use_regex": True}], [DIGITS, GPT2]),
     ([{"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False},
-      BYTE_LEVEL | {"use_regex": False}],
-     [LLAMA3]),
-    ([BYTE_LEVEL | {"use_regex": True}], [GPT2]),
+      BYTES | {"use_regex": False}], [LLAMA3]),
 )  # fmt: skip
+SPACES = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
 
 @lru_cache
 def character_classes() -> dict[str, str]:
-    r"""The characters of \p{L}, \p{N}, \s and \S as re expects them inside [...].
+    r"""Return the characters of \p{L}, \p{N}, \s and \S, as they are written inside [...] for re.
 
-    Python's own \s also matches four control characters. Letters and numbers are those of the
-    Unicode version of this Python.
+    re does not know \p, and its \s has four control characters more. Letters and numbers are those
+    of the Unicode version of this Python.
     """
-    classes = {r"\p{L}": "", r"\p{N}": ""}
-    everything = map(chr, range(0x110000))
-    for kind, group in groupby(everything, key=lambda char: unicodedata.category(char)[0]):
-        if kind in "LN":
-            first, *others = group
-            classes[rf"\p{{{kind}}}"] += f"{first}-{others[-1]}" if others else first
-    spaces = "".join(
-        c for c in map(chr, range(0x3001)) if c.isspace() and c not in "\x1c\x1d\x1e\x1f"
-    )
-    return classes | {r"\s": spaces, r"\S": f"^{spaces}"}
+    ranges = dict.fromkeys("CLMNPSZ", "")  # first letters of Unicode's categories
+    for kind, group in groupby(map(chr, range(0x110000)), lambda c: unicodedata.category(c)[0]):
+        characters = list(group)
+        ranges[kind] += f"{characters[0]}-{characters[-1]}"
+    return {r"\p{L}": ranges["L"], r"\p{N}": ranges["N"], r"\s": SPACES, r"\S": f"^{SPACES}"}
 
 
 @lru_cache
 def compile_pattern(pattern: str) -> re.Pattern:
-    """Compile a pattern for re, which has no Unicode classes such as letters."""
+    """Compile a pattern for re, with the characters of each class."""
     parts = re.split(r"(\[.*?\])", pattern)  # every second part has the form [...]
     for name, characters in character_classes().items():
         parts[::2] = [part.replace(name, f"[{characters}]") for part in parts[::2]]
@@ -552,26 +531,14 @@ def compile_pattern(pattern: str) -> re.Pattern:
     return re.compile("".join(parts))
 
 
-def split_patterns(pre_tokenizer: dict) -> list[re.Pattern]:
-    """The patterns of a "pre_tokenizer". Raise ValueError if it is not in PRE_TOKENIZERS."""
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    # "trim_offsets" changes only positions in the text, which are not used here.
-    steps = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]
-    for known_steps, patterns in PRE_TOKENIZERS:
-        if steps == known_steps:
-            return [compile_pattern(pattern) for pattern in patterns]
-    raise ValueError(f"the pre_tokenizer {steps!r:.200} is not supported")
-
-
-# Step 2. Spaces, line breaks and parts of a character cannot be printed. Therefore tokenizer.json
-# writes one printable character for each byte.
-
-
+# Step 2. Parts of a character, spaces and line breaks cannot be printed.
 def byte_characters() -> list[str]:
-    """The character of each byte: the byte itself in Latin-1, or "Ġ" for a space, and so on."""
-    replacements = map(chr, range(256, 512))
-    characters = [chr(byte) for byte in range(256)]
-    return [c if c.isprintable() and c != " " else next(replacements) for c in characters]
+    """Return a character for each byte 0 to 255: that of Latin-1 or, if it is invisible, another.
+
+    For example, a space is "Ġ". tokenizer.json writes its pieces in this way.
+    """
+    others = map(chr, range(256, 512))
+    return [c if c.isprintable() and c != " " else next(others) for c in map(chr, range(256))]
 
 
 BYTE_CHARACTERS = byte_characters()
@@ -581,118 +548,91 @@ BYTE_OF = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
 class BytePairs:
     """Text <-> ids by byte-level BPE.
 
-    vocab: id of each piece. merges: pairs of pieces that become one piece; the first has rank 0.
-    patterns: how a text is split into words. added: id of each special token. With ignore_merges, a
-    word that is in the vocabulary becomes one piece without any merge.
-
-    The methods have the names of sentencepiece.SentencePieceProcessor, so Tokenizer uses both in
-    the same way.
+    vocab: the id of each piece. merges: pairs of pieces that become one piece, in the order of
+    their rank. patterns: how to split a text into words. ignore_merges: a word that is in the
+    vocabulary becomes one piece, even if no merges lead to it.
     """
 
-    def __init__(self, vocab, merges, patterns, added, ignore_merges=False):
-        self.vocab: dict[str, int] = vocab
-        self.ranks: dict[tuple[str, str], int] = {pair: rank for rank, pair in enumerate(merges)}
-        self.patterns: list[re.Pattern] = patterns
-        self.added: dict[str, int] = added
-        self.ignore_merges: bool = ignore_merges
-        self.piece_of = {i: piece for piece, i in vocab.items() if piece not in added}
-        # Words repeat, so remember the pieces of many words.
+    def __init__(self, vocab: dict[str, int], merges, patterns, ignore_merges=False):
+        self.vocab, self.ignore_merges = vocab, ignore_merges
+        self.piece_of = {i: piece for piece, i in vocab.items()}
+        self.ranks = {(a, b): rank for rank, (a, b) in enumerate(merges)}
+        self.patterns = [compile_pattern(pattern) for pattern in patterns]
+        # Words repeat, so remember the pieces of the latest ones.
         self.split_word = lru_cache(maxsize=50_000)(self.split_word)
 
-    @classmethod
-    def from_json(cls, file: Path) -> "BytePairs":
-        """Read tokenizer.json. Raise ValueError if it asks for something that is not built here."""
-        raw = read_json(file)
-        try:
-            check_kind(raw)
-            model = raw["model"]
-            # Old files write a merge as "a b", new files as ["a", "b"].
-            merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-            added = {token["content"]: token["id"] for token in raw["added_tokens"]}
-            patterns = split_patterns(raw["pre_tokenizer"] or {})
-            pairs = cls(model["vocab"], merges, patterns, added, model.get("ignore_merges"))
-            pairs.check_pieces()
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{file} cannot be read as byte-level BPE: {error}; use another LLM, or copy the "
-                f"file again"
-            ) from error
-        return pairs
-
-    def check_pieces(self):
-        """Raise ValueError if pieces, ids and merges do not go together."""
-        for a, b in self.ranks:
-            if not {a, b, a + b} <= self.vocab.keys():
-                raise ValueError(
-                    f"the merge {a!r} + {b!r} has a piece that is not in the vocabulary"
-                )
-        ids = self.vocab.values()
-        if not all(type(i) is int and i >= 0 for i in ids) or len(set(ids)) < len(ids):
-            raise ValueError("the ids of the pieces are not different integers >= 0")
-        if others := set("".join(self.piece_of.values())) - BYTE_OF.keys():
-            raise ValueError(f"no byte has the character {min(others)!r}")
+    def vocab_size(self) -> int:
+        return max(self.piece_of, default=-1) + 1
 
     def encode(self, text: str) -> list[int]:
         words = [text]
-        for pattern in self.patterns:  # step 1
+        for pattern in self.patterns:
             words = [word for part in words for word in pattern.findall(part)]
-        return [self.vocab[piece] for word in words for piece in self.split_word(word)]  # step 4
+        return [self.vocab[piece] for word in words for piece in self.split_word(word)]
 
     def split_word(self, word: str) -> list[str]:
-        """The pieces of one word.
+        """Return the pieces of one word (steps 2 and 3).
 
-        A byte that is not in the vocabulary is left out, as in the library tokenizers. SmolLM2 does
-        not have 21 bytes: some control characters, and bytes that UTF-8 does not or rarely use.
+        A byte that is not in the vocabulary is left out, as in the library tokenizers. SmolLM2 has
+        no piece for 21 bytes: rare control characters, and bytes that hardly occur in UTF-8.
         """
-        characters = "".join(BYTE_CHARACTERS[byte] for byte in word.encode())  # step 2
+        characters = "".join(BYTE_CHARACTERS[byte] for byte in word.encode())
         if self.ignore_merges and characters in self.vocab:
             return [characters]
         pieces = [character for character in characters if character in self.vocab]
-        while len(pieces) > 1:  # step 3: the merge with the lowest rank, at its leftmost place
-            ranks = [self.ranks.get(pair, math.inf) for pair in pairwise(pieces)]
-            lowest = min(ranks)
-            if lowest == math.inf:
+        while len(pieces) > 1:
+            pairs = enumerate(pairwise(pieces))
+            rank, i = min((self.ranks.get(pair, math.inf), i) for i, pair in pairs)
+            if rank == math.inf:
                 break
-            i = ranks.index(lowest)
             pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
         return pieces
 
     def decode(self, ids: list[int]) -> str:
-        """Ids -> text. Bytes that are not valid UTF-8 become U+FFFD."""
-        characters = "".join(self.piece_of[i] for i in ids)
+        """Ids -> text. Ids of other tokens are left out. Bytes that are not UTF-8 become U+FFFD."""
+        characters = "".join(self.piece_of.get(i, "") for i in ids)
         return bytes(BYTE_OF[character] for character in characters).decode(errors="replace")
 
-    def vocab_size(self) -> int:
-        return max(self.vocab.values()) + 1
 
-    def is_control(self, i: int) -> bool:
-        return i not in self.piece_of
+def load_byte_pairs(file: Path) -> tuple[BytePairs, dict[str, int]]:
+    """Load tokenizer.json. -> pieces, ids of all tokens by name
 
-    def piece_to_id(self, piece: str) -> int:
-        return self.vocab.get(piece, self.unk_id())
+    Raise ValueError if the file is damaged, or has a setting that is not supported.
+    """
+    raw = read_json(file)
+    try:
+        patterns, model = check_settings(raw), raw["model"]
+        special = {token["content"]: token["id"] for token in raw["added_tokens"]}
+        vocab = {piece: i for piece, i in model["vocab"].items() if piece not in special}
+        if wrong := [piece for piece in vocab if not set(piece) <= BYTE_OF.keys()]:
+            raise ValueError(f"the piece {wrong[0]!r} does not consist of bytes")
+        # Old files write a merge as "a b", new files as ["a", "b"].
+        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        if wrong := [(a, b) for a, b in merges if not {a, b, a + b} <= vocab.keys()]:
+            raise ValueError(f"the merge {wrong[0]} has a piece that is not in the vocabulary")
+        return BytePairs(vocab, merges, patterns, model.get("ignore_merges")), vocab | special
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        problem = f"{file} cannot be read as byte-level BPE: {error!s:.300}"
+        raise ValueError(f"{problem}; copy the file again, or use another LLM") from error
 
-    def unk_id(self) -> int:
-        return -1  # as in sentencepiece, if there is no such token
 
-    bos_id = eos_id = unk_id  # tokenizer.json does not say which tokens these are
-
-
-def check_kind(raw: dict):
-    """Raise ValueError if a tokenizer.json is not byte-level BPE, or has more than that."""
-    model, decoder = raw["model"], raw["decoder"] or {}
-    # null, false and "" switch a setting off.
-    settings = {"type": model["type"], "normalizer": raw["normalizer"], "decoder": decoder["type"]}
-    settings |= {
-        k: v for k, v in model.items() if v and k not in ("vocab", "merges", "ignore_merges")
-    }
+def check_settings(raw: dict) -> list[str]:
+    """Return the patterns of a tokenizer.json. Raise ValueError for an unsupported setting."""
+    # In "model", null, false and "" switch a setting off.
+    others = {"vocab", "merges", "ignore_merges"}
+    settings = {k: v for k, v in raw["model"].items() if v and k not in others}
+    settings |= {"normalizer": raw["normalizer"], "decoder": (raw["decoder"] or {}).get("type")}
     supported = {"type": "BPE", "normalizer": None, "decoder": "ByteLevel"}
-    unsupported = {k: v for k, v in settings.items() if supported.get(k) != v}
-    if unsupported:
-        raise ValueError(f"{unsupported!r:.200} is not supported")
+    if settings != supported:
+        raise ValueError(f"its settings must be {supported}, found {settings}")
+    for steps, patterns in PRE_TOKENIZERS:
+        if raw["pre_tokenizer"] == {"type": "Sequence", "pretokenizers": steps}:
+            return patterns
+    raise ValueError(f"its pre_tokenizer is not supported: {raw['pre_tokenizer']}")
 
 
 class Tokenizer:
-    """Text <-> ids with the tokenizer of a checkpoint, see tokenizer_files.
+    """Text <-> ids with the tokenizer of a checkpoint, of either kind.
 
     For `encode`, "</s>" in a text is four ordinary characters, not the end token. A prompt gets its
     special tokens by id (`special_id`). The JSON files in the folder contain these ids.
@@ -702,28 +642,25 @@ class Tokenizer:
 
     def __init__(self, folder):
         folder = Path(folder)
-        self.file = folder / tokenizer_files(folder)[0]
+        self.file, *others = tokenizer_files(folder)
+        config, generation = read_optional(folder / "config.json"), {}
         if self.file.suffix == ".json":
-            self.pieces = BytePairs.from_json(self.file)
-            added, generation = self.pieces.added, read_optional(folder / "generation_config.json")
+            self.pieces, self.id_of = load_byte_pairs(self.file)
+            generation = read_optional(*others)
         else:
             self.pieces = load_sentencepiece(self.file)
-            added, generation = read_added_tokens(folder), {}
-        # Special tokens that are not pieces, such as <|im_start|> (ChatML marks the start and the
-        # end of each turn of a chat with such tokens).
-        self.added: dict[str, int] = added
-        config = read_optional(folder / "config.json")
-        bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
-        self.bos_id: int = self.pieces.bos_id() if bos is None else bos
-        ends = [self.pieces.eos_id() if eos is None else eos, generation.get("eos_token_id", [])]
-        # Each of the two can be one id or a list. Generation stops at any of these tokens.
-        self.eos_ids: list[int] = [i for end in ends for i in (end if type(end) is list else [end])]
-        ids = [self.bos_id, *self.eos_ids, *self.added.values()]
-        if not self.eos_ids or not all(type(i) is int and i >= 0 for i in ids):
-            raise ValueError(
-                f"{folder}: ids of special tokens must be integers >= 0; correct bos_token_id "
-                f"{bos!r:.40}, eos_token_id {ends!r:.60}, added {self.added!r:.60}"
-            )
+            self.id_of = named_tokens(self.pieces, *others)
+            defaults = {"bos_token_id": self.pieces.bos_id(), "eos_token_id": self.pieces.eos_id()}
+            config = defaults | config
+        self.bos_id: int = config.get("bos_token_id")
+        # Generation stops at any end token. Each of the two files can have one or a list of them.
+        ends = [file.get("eos_token_id", []) for file in (config, generation)]
+        eos_ids = [i for end in ends for i in (end if isinstance(end, list) else [end])]
+        ids = [self.bos_id, *eos_ids, *self.id_of.values()]
+        if (wrong := [i for i in ids if type(i) is not int or i < 0]) or not eos_ids:
+            names = "bos_token_id, eos_token_id and the ids of all tokens"
+            raise ValueError(f"{folder}: {names} must be integers >= 0, found {wrong!r:.60}")
+        self.eos_ids: list[int] = list(dict.fromkeys(eos_ids))
         self.eos_id: int = self.eos_ids[0]  # training puts this one at the end of an answer
         self.n_pieces: int = self.pieces.vocab_size()  # without added tokens
 
@@ -732,29 +669,31 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Ids -> text without special tokens, and without spaces at the beginning and the end."""
-        text_ids = [i for i in ids if i < self.n_pieces and not self.pieces.is_control(i)]
-        return self.pieces.decode(text_ids).strip()
+        return self.pieces.decode([i for i in ids if i < self.n_pieces]).strip()
 
-    def special_id(self, piece: str) -> int:
-        """The id of a special token. Raise ValueError if the tokenizer does not have this token."""
-        token_id = self.added.get(piece, self.pieces.piece_to_id(piece))
-        if token_id == self.pieces.unk_id():
-            raise ValueError(f"this tokenizer has no {piece} token; choose another template")
-        return token_id
+    def special_id(self, token: str) -> int:
+        """Return the id of a special token. Raise ValueError if the tokenizer does not have it."""
+        if token not in self.id_of:
+            raise ValueError(f"this tokenizer has no {token} token; choose another template")
+        return self.id_of[token]
 
 
 def read_optional(file: Path) -> dict:
-    return read_json(file) if file.is_file() else {}
+    """Read a JSON object without its null values. A missing file has no values."""
+    raw = read_json(file) if file.is_file() else {}
+    return {name: value for name, value in raw.items() if value is not None}
 
 
-def read_added_tokens(folder: Path) -> dict[str, int]:
-    """The ids of the tokens that a folder adds to those in tokenizer.model."""
-    settings, added = (read_optional(folder / name) for name in SENTENCEPIECE_FILES[1:])
-    tokens = settings.get("added_tokens_decoder", {})
+def named_tokens(pieces, settings: Path, added: Path) -> dict[str, int]:
+    """Return the ids of the tokens that have a name: pieces of tokenizer.model and added tokens.
+
+    Added tokens are, for example, <|im_start|> and <|im_end|>: ChatML marks the start and the end
+    of each message of a chat with them.
+    """
+    named = {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())} | read_optional(added)
+    tokens = read_optional(settings).get("added_tokens_decoder", {})
     try:
-        return added | {token["content"]: int(i) for i, token in tokens.items()}
+        return named | {token["content"]: int(i) for i, token in tokens.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{folder / SENTENCEPIECE_FILES[1]}: added_tokens_decoder must map ids to objects with "
-            f'"content", found {tokens!r:.60}'
-        ) from error
+        message = 'added_tokens_decoder must map ids to objects with "content"'
+        raise ValueError(f"{settings}: {message}, found {tokens!r:.60}") from error

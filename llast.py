@@ -401,8 +401,8 @@ def fingerprint(base: Path, name: str) -> str:
 
     These are its weights and config.json, and for an LLM the files of the tokenizer.
     """
-    others = ["config.json", *(tokenizer_files(base) if name == "llm" else ())]
-    files = weight_files(base) + [base / other for other in others if (base / other).is_file()]
+    others = [base / "config.json", *(tokenizer_files(base) if name == "llm" else ())]
+    files = weight_files(base) + [other for other in others if other.is_file()]
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(file.name.encode())

@@ -19,7 +19,7 @@ import train
 ROOT = Path(__file__).parents[1]
 LIMITS = {  # code lines of each file, at most
     "whisper_encoder": 310,
-    "llama": 455,  # 390 is planned
+    "llama": 390,
     "lora": 65,
     "data": 320,
     "llast": 245,
@@ -98,9 +98,9 @@ def test_a_file_keeps_its_limit_of_code_lines(name):
     assert size <= LIMITS[name]
 
 
-def test_the_seven_files_have_at_most_2335_code_lines():
+def test_the_seven_files_have_at_most_2275_code_lines():
     size = sum(len(code_lines(text_of(name))) for name in SEVEN)
-    assert size <= 2335
+    assert size <= 2275
 
 
 def test_the_median_function_has_at_most_12_code_lines_and_none_more_than_45():

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data import write_table
-from llama import NO_SCALING, Llama, LlamaConfig
+from llama import Llama, LlamaConfig
 from llast import LLaST, LLaSTConfig
 from whisper_encoder import WhisperConfig, WhisperEncoder
 
@@ -28,7 +28,8 @@ WHISPER = dict(
 LLAMA = dict(
     hidden_size=36, intermediate_size=52, num_hidden_layers=2, num_attention_heads=6,
     num_key_value_heads=3, head_dim=6, vocab_size=1300, rms_norm_eps=1e-5, rope_theta=10000.0,
-    tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, **NO_SCALING,
+    tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, factor=1.0,
+    low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192,
 )  # fmt: skip
 
 
