@@ -1,11 +1,13 @@
-"""tiny/measure.py and tiny/tables.py: the measures, and the tables of tiny/README.md."""
+"""tiny/measure.py, attention.py and tables.py: the measures, and the tables of tiny/README.md."""
 
+from ctypes.util import find_library
 from pathlib import Path
 
 import pytest
 import torch
 
 import toys
+from data import Row, read_corpus
 from lora import lora_layers
 from translate import SearchOptions, translate
 
@@ -88,6 +90,49 @@ def test_a_lora_that_is_switched_off_changes_nothing_and_comes_back(measure, mod
         assert torch.allclose(encoder_layer(x), plain)
         assert [layer.scale for layer in lora_layers(model.llm)] == llm_scales
     assert torch.equal(encoder_layer(x), before) and not torch.allclose(before, plain)
+
+
+# --------------------------------------------------------------------------------------- attention
+
+
+@pytest.fixture
+def attention(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tiny")
+    import attention
+
+    return attention
+
+
+def test_rank_correlation_is_spearmans(attention):
+    times = torch.tensor([0.1, 0.2, 0.5, 0.9])
+    values = torch.tensor([[1.0, 2, 3, 4], [4, 3, 2, 1], [1, 2, 4, 3]])
+    # Spearman: 1 - 6 * (sum of squared differences of ranks) / (n * (n * n - 1))
+    assert attention.rank_correlation(times, values).tolist() == pytest.approx([1, -1, 0.8])
+
+
+def test_the_centre_is_the_mean_time_weighted_by_the_attention(attention):
+    maps = torch.tensor([[0.0, 0, 0.5, 0], [0.1, 0, 0, 0.1]])
+    assert attention.centres(maps).tolist() == pytest.approx([0.05, 0.04])
+
+
+def test_each_word_has_the_mean_attention_of_the_positions_that_predict_it(attention, model, clips):
+    row = Row(toys.good(clips)[0], "", "", "fr", "en", 0.3)
+    maps = attention.attention_maps(model, row, "st", "Where is the station?")
+    layers, heads = model.llm.config.num_hidden_layers, model.llm.config.num_attention_heads
+    assert maps.shape == (layers, heads, 4, 15)
+    assert (maps >= 0).all() and (maps.sum(-1) <= 1).all()
+    longer = attention.attention_maps(model, row, "st", "Where is the station? There.")
+    assert torch.allclose(maps, longer[:, :, :4], atol=1e-6), "a later word changes nothing"
+    other = attention.attention_maps(model, row, "st", "Where is the hotel?")
+    assert torch.allclose(maps[:, :, :3], other[:, :, :3], atol=1e-6)
+
+
+@pytest.mark.skipif(not find_library("espeak-ng"), reason="espeak-ng is not installed")
+def test_espeak_ng_gives_the_times_of_the_words_of_a_test_clip(attention):
+    row = read_corpus(ROOT / "tiny" / "corpus", "fr", "en")[0]["test"][0]
+    times = attention.word_times(attention.Speaker(), row, "test")
+    assert len(times) == len(row.sentence.split(" "))
+    assert times == sorted(times) and 0 <= times[0] and times[-1] < row.seconds
 
 
 # ---------------------------------------------------------------------------- tables of the README

@@ -17,12 +17,12 @@ from word to word, whatever the words are, gives the opposite sign.
 
 import argparse
 import ctypes
+import hashlib
 import json
 import random
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -182,6 +182,8 @@ def describe(values: Tensor, times: list) -> dict:
 
 def draw(model: LLaST, row: Row, times: list[float], layer: int, head: int):
     """Draw a clip's spectrogram above the attention of its transcript and of its translation."""
+    import matplotlib.pyplot as plt  # here, because only this function needs it
+
     mel = log_mel_spectrogram(load_audio(row.path), 80)
     seconds = mel.shape[1] / 100
     figure, axes = plt.subplots(
@@ -228,7 +230,8 @@ def choose_example(model: LLaST, rows: list[Row], times: list) -> int:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=TINY / "model", help="[tiny/model]")
-    model = LLaST.from_pretrained(parser.parse_args().model)
+    folder = parser.parse_args().model
+    model = LLaST.from_pretrained(folder)
     merge_lora(model)
     splits, speaker = read_corpus(TINY / "corpus", "fr", "en")[0], Speaker()
     rows = {"dev": splits["dev"], "test": splits["test"][:N_TEST]}
@@ -239,6 +242,7 @@ def main():
     test = correlations(model, rows["test"], times["test"])
     control = correlations(model, rows["test"], times["test"], order=-1)
     results = {
+        "weights": hashlib.sha256((folder / "llast.safetensors").read_bytes()).hexdigest(),
         "layer": layer + 1,
         "head": head + 1,
         "dev_means": [[round(value, 3) for value in line] for line in dev.mean(0).tolist()],

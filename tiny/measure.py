@@ -1,7 +1,7 @@
 """Measure what a trained model of the preset "tiny" understands, and which of its parts it needs.
 
-    python tiny/measure.py --voices                  speak the clips of other voices (espeak-ng)
-    python tiny/measure.py                           measure tiny/model, and write tiny/results.json
+    python tiny/measure.py                measure tiny/model, and write tiny/results.json
+    python tiny/measure.py --speak        make the clips in voices/ again; needs espeak-ng
 
 tiny/tables.py writes the results into tiny/README.md. The measurements:
 
@@ -9,11 +9,10 @@ tiny/tables.py writes the results into tiny/README.md. The measurements:
 2. BLEU if the LLM gets only a part of the states, and if the LoRA of one model is switched off.
 3. How well the score separates translations of the test clips from answers to silence, to noise,
    and to sentences outside the phrasebook.
-
-The clips of other voices are written to tiny/build/voices/, outside git.
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 import sys
@@ -36,10 +35,11 @@ from translate import SearchOptions, score, translate  # noqa: E402
 from whisper_encoder import SAMPLE_RATE, load_audio, resample  # noqa: E402
 
 RESULTS = TINY / "results.json"
-VOICE_CLIPS = TINY / "build" / "voices"
+VOICE_CLIPS = TINY / "voices"
 N_SENTENCES = 50  # of the test part, spoken by each voice
 # The last two are very different from all voices of the training part.
 OTHER_VOICES = [*VOICES["test"], "Storm", "RicishayMax"]
+N_PARTS = 100  # test clips for the second measurement
 N_SOUNDS = 100  # clips of silence, and clips of noise
 SEED = 2407
 
@@ -180,6 +180,7 @@ def without_lora(model: LLaST, *parts: str):
 def measure_parts(model: LLaST, rows: list[Row]) -> dict[str, dict]:
     """BLEU with a part of the states, and with a part of the model."""
     states = {
+        "everything": lambda speech: speech,
         "only the first 20 states": lambda speech: speech[:20],
         "without the first 20 states": lambda speech: speech[20:],
         "only the first half of the states": lambda speech: speech[: (len(speech) + 1) // 2],
@@ -237,24 +238,31 @@ def measure_scores(model: LLaST, rows: list[Row], outside: list[Row]) -> dict[st
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--voices", action="store_true", help="speak the clips and stop")
+    parser.add_argument("--speak", action="store_true", help="make the clips in voices/ and stop")
     parser.add_argument("--model", type=Path, default=TINY / "model", help="[tiny/model]")
-    parser.add_argument("--clips", type=int, help="measure only this many test clips [all]")
+    parser.add_argument("--only", choices=("parts", "sound", "scores"), help="one measurement")
     args = parser.parse_args()
-    if args.voices:
+    if args.speak:
         make_voices()
         return
-    device, dtype, reason = pick_device()
+    device, dtype, _ = pick_device()
     model = LLaST.from_pretrained(args.model, device=device, dtype=dtype)
-    rows, voices = test_rows()[: args.clips], read_voices()
-    voices = {name: group[: args.clips] for name, group in voices.items()}
-    results = {"device": reason, "beams": SearchOptions().beams}
-    results["parts"] = measure_parts(model, rows)
-    merge_lora(model)  # faster
-    results["sound"] = measure_sound(model, rows, voices)
-    results["scores"] = measure_scores(model, rows, voices["outside"])
+    weights = hashlib.sha256((args.model / "llast.safetensors").read_bytes()).hexdigest()
+    rows, voices = test_rows(), read_voices()
+    measures = {  # the LoRAs are merged after the first, because merged weights are faster
+        "parts": lambda: measure_parts(model, rows[:N_PARTS]),
+        "sound": lambda: measure_sound(model, rows, voices),
+        "scores": lambda: measure_scores(model, rows, voices["outside"]),
+    }
+    results = json.loads(RESULTS.read_text()) if args.only and RESULTS.is_file() else {}
+    if results.get("weights") != weights:  # of another model
+        results = {"weights": weights, "beams": SearchOptions().beams}
+    for name in [args.only] if args.only else measures:
+        if name != "parts":
+            merge_lora(model)
+        results[name] = measures[name]()
+        print(json.dumps({name: results[name]}, indent=1))
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -81,8 +81,7 @@ def sound_table() -> str:
 
 
 def parts_table() -> str:
-    results = json.loads(MEASURED.read_text())
-    parts = {"everything": results["sound"]["none"]} | results["parts"]
+    parts = json.loads(MEASURED.read_text())["parts"]
     rows = [bleu_row(name, scores) for name, scores in parts.items()]
     return table(["what the model uses", *BLEU_COLUMNS], rows)
 
