@@ -33,29 +33,9 @@ ROOT = Path(__file__).parents[1]
 CORPUS = ROOT / "tiny" / "corpus"
 
 
-def make_corpus(root, languages, sizes):
-    """The first clips of the included corpora, and toy models. A run takes about a second."""
-    for language in languages:
-        folder = root / language
-        folder.mkdir(parents=True)
-        (folder / "clips").symlink_to(CORPUS / language / "clips")
-        table = CORPUS / language / f"{language}-en.tsv"
-        columns = "path", "sentence", "translation", "split", "seconds"
-        lines = [[row[name] for name in columns] for _, row in data.read_table(table, columns)]
-        kept = [
-            line
-            for split, n in zip(("train", "dev", "test"), sizes, strict=True)
-            for line in [line for line in lines if line[3] == split][:n]
-        ]
-        toys.write_corpus(root, kept, f"{language}-en")
-    toys.whisper_folder(root / "whisper", encoder_layers=1)
-    toys.llama_folder(root / "llama", num_hidden_layers=1)
-    return root
-
-
 @pytest.fixture
 def corpus(tmp_path):
-    return make_corpus(tmp_path / "corpus", ("fr", "de"), (12, 2, 2))
+    return toys.small_corpus(tmp_path / "corpus", ("fr", "de"), (12, 2, 2))
 
 
 @pytest.fixture
@@ -622,15 +602,6 @@ MORE = ("--dropout", 0.1, "--accumulate", 2, "--epochs", 2, "--batch", 145)
 N_STEPS = 10  # of these options, for the corpus `small`
 
 
-def results_of(out):
-    """What a run wrote, without times: the log, the weights and the test translations."""
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    times = ("seconds", "clips_per_second")
-    log = [{k: v for k, v in line.items() if k not in times} for line in lines]
-    weights = {name: t.tolist() for name, t in load_file(out / "llast.safetensors").items()}
-    return log, weights, (out / "test.fr-en.tsv").read_text()
-
-
 def at_step(monkeypatch, number, action):
     """Call the action in the step `number`, after the line of the log is written."""
     after_step = train.Report.after_step
@@ -658,7 +629,7 @@ def small(tmp_path_factory):
     The state of the killed run is that of the first epoch.
     """
     root = tmp_path_factory.mktemp("small")
-    corpus = make_corpus(root / "corpus", ("fr",), (6, 1, 1))
+    corpus = toys.small_corpus(root / "corpus", ("fr",), (6, 1, 1))
     with pytest.MonkeyPatch.context() as patch:
         assert run(patch, *flags_for(corpus, root / "whole", *MORE)) == 0
         at_step(patch, N_STEPS // 2 + 3, die)
@@ -670,7 +641,7 @@ def small(tmp_path_factory):
 @pytest.fixture
 def whole(small):
     """The results of the run that nobody stopped."""
-    return results_of(small / "whole")
+    return toys.run_results(small / "whole")
 
 
 @pytest.fixture
@@ -702,7 +673,7 @@ def test_a_killed_run_continues_exactly_rows_7_to_9(monkeypatch, command, tmp_pa
     with open(out / "log.jsonl", "a") as log:
         log.write('{"step": 9, "ep')  # the process was killed while it wrote
     assert run(monkeypatch, *command) == 0
-    assert results_of(out) == whole
+    assert toys.run_results(out) == whole
     printed = capsys.readouterr().out.splitlines()
     continued = [line for line in printed if line.startswith("continuing")]
     assert [line[: line.index(" later")] for line in continued] == [
@@ -744,7 +715,7 @@ def test_a_signal_saves_the_state_and_the_model_at_any_place_row_12(
     assert (out / train.STATE).exists()
     assert LLaST.from_pretrained(out)
     assert run(monkeypatch, *command) == 0
-    assert results_of(out) == whole
+    assert toys.run_results(out) == whole
 
 
 def test_a_signal_waits_for_the_end_of_a_save_and_a_second_one_does_not_row_13(
@@ -765,7 +736,7 @@ def test_a_signal_waits_for_the_end_of_a_save_and_a_second_one_does_not_row_13(
     assert handlers == [signal.SIG_DFL] * 2
     assert not (out / "state.tmp").exists()
     assert run(monkeypatch, *command) == 0
-    assert results_of(out) == whole
+    assert toys.run_results(out) == whole
 
 
 def test_a_state_that_is_killed_while_it_is_saved_can_be_loaded_row_1(toy, tmp_path):
@@ -783,13 +754,39 @@ def test_a_state_that_is_killed_while_it_is_saved_can_be_loaded_row_1(toy, tmp_p
         assert state_of(toy).load(tmp_path / train.STATE, {})["step"] >= 1
 
 
+def watch_the_disk(monkeypatch) -> list[str]:
+    """The files that are flushed, renamed and deleted from now on, in this order."""
+    calls, replace, unlink = [], os.replace, Path.unlink
+
+    def note(call, path, then=lambda: None):
+        calls.append(f"{call} {Path(path).name}")
+        then()
+
+    name_of = "/proc/self/fd/{}".format
+    monkeypatch.setattr(os, "fsync", lambda n: note("flush", os.readlink(name_of(n))))
+    monkeypatch.setattr(os, "replace", lambda a, b: note("rename", b, lambda: replace(a, b)))
+    monkeypatch.setattr(Path, "unlink", lambda path: note("delete", path, lambda: unlink(path)))
+    return calls
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="not Linux")
 def test_a_state_is_on_the_disk_before_it_gets_its_name_row_2(toy, tmp_path, monkeypatch):
-    calls, state, file = [], state_of(toy), tmp_path / train.STATE
-    replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda *a: calls.append("rename") or replace(*a))
-    monkeypatch.setattr(os, "fsync", lambda n: calls.append(os.readlink(f"/proc/self/fd/{n}")))
-    state.save(file, {})
-    assert calls == [str(file.with_suffix(".tmp")), "rename", str(tmp_path)]
+    calls, state = watch_the_disk(monkeypatch), state_of(toy)
+    state.save(tmp_path / train.STATE, {})
+    assert calls == ["flush state.tmp", "rename state.safetensors", f"flush {tmp_path.name}"]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="not Linux")
+def test_the_state_is_saved_before_the_model_and_deleted_after_it_row_2(
+    monkeypatch, command, tmp_path
+):
+    calls = watch_the_disk(monkeypatch)
+    assert run(monkeypatch, *command) == 0
+    saved = ["flush state.tmp", "rename state.safetensors", "flush run"]
+    model = ["rename llast.safetensors", "rename llast.json"]
+    names = ("llast.safetensors", "llast.json", "results.json", "run")
+    end = [*(f"flush {name}" for name in names), "delete state.safetensors"]
+    assert calls == [*(saved + model) * 2, *model, "rename test.fr-en.tsv", *end]
 
 
 def test_a_state_that_was_cut_or_changed_is_refused_rows_3_and_4(toy, tmp_path):
@@ -830,7 +827,7 @@ def test_a_full_disk_keeps_the_last_state_and_the_run_continues_row_5(
     assert "No space left" in capsys.readouterr().err
     assert run(monkeypatch, *command) == 0
     assert "continuing after step 3; 1 later lines" in capsys.readouterr().out
-    assert results_of(out) == whole
+    assert toys.run_results(out) == whole
 
 
 def test_the_next_batch_is_the_same_with_and_without_a_thread_row_10(toy):
@@ -882,7 +879,7 @@ def test_a_stopped_run_continues_with_moved_models_and_a_moved_corpus(
 ):
     moved = shutil.copytree(small / "corpus", tmp_path / "moved", symlinks=True)
     assert run(monkeypatch, *flags_for(moved, stopped, *MORE, "--recompute", "all")) == 0
-    assert results_of(stopped)[0] == whole[0]
+    assert toys.run_results(stopped)[0] == whole[0]
 
 
 def test_two_runs_in_one_folder_are_refused_row_39(monkeypatch, command, capsys):

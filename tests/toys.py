@@ -13,7 +13,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
-from data import write_table
+from data import read_table, write_table
 from llama import Llama, LlamaConfig
 from llast import LLaST, LLaSTConfig
 from whisper_encoder import WhisperConfig, WhisperEncoder
@@ -165,3 +165,32 @@ def write_corpus(root: Path, rows: list[tuple], direction: str = "fr-en") -> Pat
     (table.parent / "clips").mkdir(parents=True, exist_ok=True)
     write_table(table, columns, rows)
     return table
+
+
+def small_corpus(root: Path, languages, sizes) -> Path:
+    """The first clips of included corpora, and two toy models. sizes: clips of train, dev, test."""
+    for language in languages:
+        folder = root / language
+        folder.mkdir(parents=True)
+        (folder / "clips").symlink_to(TINY / "corpus" / language / "clips")
+        table = TINY / "corpus" / language / f"{language}-en.tsv"
+        columns = "path", "sentence", "translation", "split", "seconds"
+        lines = [[row[name] for name in columns] for _, row in read_table(table, columns)]
+        kept = [
+            line
+            for split, n in zip(("train", "dev", "test"), sizes, strict=True)
+            for line in [line for line in lines if line[3] == split][:n]
+        ]
+        write_corpus(root, kept, f"{language}-en")
+    whisper_folder(root / "whisper", encoder_layers=1)
+    llama_folder(root / "llama", num_hidden_layers=1)
+    return root
+
+
+def run_results(out: Path) -> tuple:
+    """What a run of train.py wrote, without times: log, weights and test translations."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    times = ("seconds", "clips_per_second")
+    log = [{k: v for k, v in line.items() if k not in times} for line in lines]
+    weights = {name: t.tolist() for name, t in load_file(out / "llast.safetensors").items()}
+    return log, weights, (out / "test.fr-en.tsv").read_text()
