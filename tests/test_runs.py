@@ -85,3 +85,9 @@ def test_curves_have_a_fixed_number_of_means(runs):
     assert runs.means([1.0, 2.0, 3.0]) == [1.0, 2.0, 3.0]
     curve = runs.means([float(i) for i in range(1000)])
     assert len(curve) == 50 and curve[0] == 9.5
+
+
+def test_a_line_names_the_commit_even_without_git(runs, monkeypatch):
+    assert runs.commit()
+    monkeypatch.setenv("PATH", "")
+    assert runs.commit() == "unknown"

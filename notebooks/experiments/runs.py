@@ -145,6 +145,8 @@ def means(values: list[float]) -> list[float]:
 
 def commit() -> str:
     """The commit of the code. "+" means that files were changed since then."""
+    if not shutil.which("git"):
+        return "unknown"
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     if head.returncode:
@@ -160,7 +162,7 @@ def device_name() -> dict:
 
 def train_all(todo: list[tuple], parallel: int) -> int:
     """Do all runs, `parallel` at a time. Return the exit code: 1 if a run failed."""
-    threads = max(1, os.cpu_count() // parallel)
+    threads = 1 if parallel > 1 else torch.get_num_threads()
     failed = 0
     with ThreadPoolExecutor(parallel) as pool:
         jobs = [pool.submit(train_one, name, seed, threads) for name, seed in todo]
@@ -192,7 +194,12 @@ def main() -> int:
     add("--only", nargs="+", choices=RUNS, metavar="NAME", help="run only these [all]")
     add("--seeds", nargs="+", type=int, help="run only these seeds [0 1 2 for most runs]")
     add("--list", action="store_true", help="print the runs and what is done, and stop")
-    add("--parallel", type=int, default=1, help="runs at the same time, each in a process [1]")
+    add(
+        "--parallel",
+        type=int,
+        default=1,
+        help="runs at the same time [1]; with more than one, each uses one thread",
+    )
     args = parser.parse_args()
     names = args.only or list(RUNS)
     if args.list:
