@@ -3,9 +3,10 @@
     python train.py --lang fr                  the preset "tiny": minutes on a laptop
     python train.py --preset llast-8b          a system of the paper
 
-Read it in this order: presets, flags, corpora, scores, the loop, the run. The loss itself is in
-llast.py. In a notebook, call LLaST.fresh(model_config(settings)), make_batches and train_epochs.
-They write no files and print nothing.
+Read it in this order: presets, flags, corpora, scores, stop and continue, the loop, the run. For
+the loop itself, the part "stop and continue" is not needed. The loss is in llast.py. In a notebook,
+call LLaST.fresh(model_config(settings)), make_batches and train_epochs. They write no files and
+print nothing.
 """
 
 import argparse
@@ -287,25 +288,7 @@ def print_samples(model: LLaST, rows: list[Row]):
         tqdm.write(layout.format(row.sentence, row.translation, result.text))
 
 
-# ----------------------------------------------------------------------------------------- the loop
-
-
-@dataclass
-class Step:
-    """Information about one step of the optimizer. train_epochs gives it to after_step."""
-
-    number: int  # from 1 to n_steps, over all epochs
-    n_steps: int
-    epoch: int  # from 1
-    lr: float
-    losses: torch.Tensor  # of every answer token: batch after batch, row after row
-    grad_norm: float  # norm (length) of the gradient before clipping
-    batches: list[Batch]
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether the step changes the weights. Otherwise it would make them NaN."""
-        return math.isfinite(self.losses.sum() + self.grad_norm)
+# ------------------------------------------------------------------------------- stop and continue
 
 
 class TrainState:
@@ -342,7 +325,7 @@ class TrainState:
         """
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}
         text, temporary = json.dumps(run | {"step": self.step}), file.with_suffix(".tmp")
-        digests = digests_of({"config": text, "fingerprints": None}, tensors)
+        digests = digests_of({"config": text, "fingerprints": None}, tensors)  # SHA-256
         save_file(tensors, temporary, {"run": text} | digests)
         wait_for_disk(temporary)
         os.replace(temporary, file)
@@ -355,14 +338,14 @@ class TrainState:
         """
         tensors = read_tensors(file)
         with safe_open(file, "pt") as stored:
-            metadata = stored.metadata() or {"run": ""}
+            metadata = {"run": ""} | (stored.metadata() or {})
         digests = digests_of({"config": metadata["run"], "fingerprints": None}, tensors)
         if metadata != {"run": metadata["run"]} | digests:
             raise ValueError(f"{file} was changed; copy it again or choose another --out")
         saved = json.loads(metadata["run"])
-        other = [k for k, v in run.items() if saved[k] != v and k not in NOT_COMPARED]
+        other = [k for k, v in run.items() if saved.get(k) != v and k not in NOT_COMPARED]
         if other:
-            text = ", ".join(f"{k} {run[k]!s:.12} instead of {saved[k]!s:.12}" for k in other)
+            text = ", ".join(f"{k} {run[k]!s:.12} instead of {saved.get(k)!s:.12}" for k in other)
             advice = "use the old settings, or choose another folder with --out"
             raise ValueError(f"{file.parent} has a stopped run, but now it is {text}; {advice}")
         check_tensors(self.tensors, tensors, file)
@@ -415,6 +398,27 @@ class StopSignals:
 STOP = StopSignals()
 
 
+# ----------------------------------------------------------------------------------------- the loop
+
+
+@dataclass
+class Step:
+    """Information about one step of the optimizer. train_epochs gives it to after_step."""
+
+    number: int  # from 1 to n_steps, over all epochs
+    n_steps: int
+    epoch: int  # from 1
+    lr: float
+    losses: torch.Tensor  # of every answer token: batch after batch, row after row
+    grad_norm: float  # norm (length) of the gradient before clipping
+    batches: list[Batch]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the step changes the weights. Otherwise it would make them NaN."""
+        return math.isfinite(self.losses.sum() + self.grad_norm)
+
+
 def compute_gradient(model: LLaST, batches: list[Batch], clip_norm: float):
     """Compute the gradient of one step, and scale it down if its norm is more than clip_norm.
 
@@ -449,7 +453,7 @@ def train_epochs(
     """Train the model in place: every epoch is one pass over the examples of `batches`.
 
     It writes no file and prints nothing. It calls after_step(Step) after each step and
-    after_epoch(number) after each epoch, unless they are None. If `state` is the TrainState of an
+    after_epoch(number) after each epoch, unless they are None. If `state` is the TrainState of a
     stopped run, only the rest of that run is done. Raises ValueError if three steps in a row are
     not finite, if too many clips cannot be read, or if the first step changes the wrong tensors.
     """
