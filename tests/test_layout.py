@@ -3,6 +3,7 @@
 import ast
 import importlib
 import io
+import json
 import re
 import shlex
 import statistics
@@ -32,7 +33,7 @@ ORDER = [*SEVEN, *(f"tools.{name}" for name in TOOLS)]  # each imports only from
 PACKAGES = set("torch numpy sentencepiece safetensors soundfile sacrebleu tqdm pytest".split())
 TOP_LEVEL = {*(f"{name}.py" for name in SEVEN)} | set(
     "README.md LICENSE requirements.txt tests notebooks tools tiny benchmarks "
-    ".ci .github .gitignore .pytest.ini .ruff.toml".split()
+    ".ci .github .gitignore .pytest.ini .ruff.toml .vscode".split()
 )
 READMES = {
     path: (ROOT / path).read_text(encoding="utf-8")
@@ -250,6 +251,16 @@ def test_the_breakpoints_of_the_readme_are_at_their_lines():
         lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
         places = [i for i, text in enumerate(lines, 1) if text.strip().startswith(code)]
         assert int(line) in places, f"{file}:{line} is not `{code}`; it is at {places}"
+
+
+def test_the_debug_configurations_stop_at_the_lines_of_the_readme():
+    text = (ROOT / ".vscode/launch.json").read_text(encoding="utf-8")
+    commands = [c["command"] for c in json.loads(text)["configurations"] if "command" in c]
+    stops = re.findall(r"^\| `(\w+\.py:\d+)` \| `[^`]+` \| (in training)?", README, re.M)
+    for program, note in (("translate.py", ""), ("train.py", "in training")):
+        [command] = [c for c in commands if f" {program} " in c]
+        expected = [place for place, training in stops if training == note]
+        assert re.findall(r'"b ([^"]+)"', command) == expected, "copy the lines to launch.json"
 
 
 @pytest.mark.parametrize("last", ["python train.py --lang fr", "pytest"])

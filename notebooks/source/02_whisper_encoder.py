@@ -9,8 +9,8 @@
 # 2. write attention, and run a published Whisper encoder with it;
 # 3. say what silence at the end of a clip costs, and why a batch needs a mask.
 #
-# The encoder in `tiny/whisper` is that of OpenAI's whisper-base. It was trained to
-# transcribe 680,000 hours of real speech. Nobody changed it for this course.
+# The encoder in `tiny/whisper` is that of OpenAI's whisper-base, which was trained on
+# 680,000 hours of real speech. Nobody changed it for this course.
 #
 # The notebook stops at the first exercise that is not done yet, with
 # `NotImplementedError: your turn`. Write your answer in place of this line, run the cell,

@@ -279,10 +279,10 @@ for start in range(0, S, 15):
     print(f"{start / 50:4.1f} s  {' '.join(words[start : start + 15])}")
 
 # %% [markdown]
-# The sentence was: *La banque ferme demain à dix heures et quart.* The words of the
-# sentence are there, in the right order and at about the right time, but in several
-# languages: for this LLM, `dix` and `zehn` have nearly the same meaning. Others are
-# wrong. So speech embeddings are not words. They lie in the neighbourhood of words.
+# The sentence was: *La banque ferme demain à dix heures et quart.* Several of its words
+# are there, at about the right time, in one of the four languages that the LLM reads:
+# `zehn` is `dix`, `Viertel` is `quart`. Others are wrong. So speech embeddings are not
+# words. They lie in the neighbourhood of words.
 #
 # ## 4.5 Which sound is behind a word? (20 minutes)
 # Which speech positions does the LLM look at when it writes a word? `maps` has the
@@ -404,9 +404,10 @@ def draw_words_and_time(audio, title):
 draw_words_and_time(audio, row.sentence)
 
 # %% [markdown]
-# Both pictures show the words at their time. (What is left of the weight is on the prompt
-# and on the words before.) Words without a bright place in the lower picture, such as
-# `at`, can be guessed from the words before them: the model does not need the sound.
+# In both pictures, many words have a bright place at the time when they are spoken. (The
+# rest of the attention is on the prompt and on the English words before.) Words without a
+# bright place in the lower picture, such as `at` and `past`, follow from the words before
+# them: the model does not need their sound.
 #
 # **Predict, then run.** The LLM gets only the first 0.4 s of the speech embeddings. Does
 # it stop in the middle of the sentence?
