@@ -260,7 +260,9 @@ def test_the_debug_configurations_stop_at_the_lines_of_the_readme():
     for program, note in (("translate.py", ""), ("train.py", "in training")):
         [command] = [c for c in commands if f" {program} " in c]
         expected = [place for place, training in stops if training == note]
-        assert re.findall(r'"b ([^"]+)"', command) == expected, "copy the lines to launch.json"
+        assert re.findall(r'"b ([^"]+)"', command) == expected, (
+            "copy the numbers of the README to .vscode/launch.json"
+        )
 
 
 @pytest.mark.parametrize("last", ["python train.py --lang fr", "pytest"])
