@@ -15,7 +15,7 @@ results=${RESULTS:-benchmarks}
 toy=""
 [ "${1:-}" = --cpu ] && { toy=--toy; export CUDA_VISIBLE_DEVICES=; shift; }
 steps=("$@")
-[ $# = 0 ] && steps=(tests kernels training-8b training-2b decode example peers precision energy)
+[ $# = 0 ] && steps=(tests kernels training-8b decode training-2b example peers precision energy)
 
 compare() { timeout "$1" python benchmarks/compare.py --json "$results/$2.json" --no-table "${@:3}"; }
 
@@ -31,7 +31,7 @@ run() {
                 compare 60 peers-8b-training --sizes llast-8b-quarter --cases training --times 3
                 compare 60 peers-8b --sizes llast-8b --cases translation --times 2
             fi ;;
-        training-*) timeout 85 "${python[@]}" ;;
+        training-*) timeout 90 "${python[@]}" ;;
         *) timeout 90 "${python[@]}" ;;
     esac
 }
