@@ -2,11 +2,12 @@
 
     python train.py --lang fr                  the preset "tiny": minutes on a laptop
     python train.py --preset llast-8b          a system of the paper
+    torchrun --nproc-per-node 8 train.py --preset llast-8b        on eight GPUs
 
-Read it in this order: presets, flags, corpora, scores, stop and continue, the loop, the run. For
-the loop itself, the part "stop and continue" is not needed. The loss is in llast.py. In a notebook,
-call LLaST.fresh(model_config(settings)), make_batches and train_epochs. They write no files and
-print nothing.
+Read it in this order: presets, flags, corpora, scores, stop and continue, the loop, several GPUs,
+the run. For the loop itself, the parts "stop and continue" and "several GPUs" are not needed. The
+loss is in llast.py. In a notebook, call LLaST.fresh(model_config(settings)), make_batches and
+train_epochs. They write no files and print nothing.
 """
 
 import argparse
@@ -18,23 +19,26 @@ import random
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from tqdm import tqdm
 
 from data import IGNORE, TEMPLATES, Batch, Batches, Row, describe_overlap, parse_directions
 from llast import LLaST, LLaSTConfig, digests_of, explain_out_of_memory, pick_device
 from lora import merge_lora
 from translate import SearchOptions, describe, metrics, read_splits, score_rows, translate
-from whisper_encoder import WINDOWS, check_tensors, read_tensors
+from whisper_encoder import SAMPLE_RATE, WINDOWS, check_tensors, read_tensors
 
 HERE = Path(__file__).parent
 ADVICE_TRAINING = "use a smaller --batch and a larger --accumulate, or --recompute all"
@@ -77,7 +81,7 @@ class Preset:
     # The size of a batch is given in positions of the LLM (speech and text), because rows differ in
     # length and the memory depends on positions. With accumulation, several batches make a step.
     batch: int  # largest number of positions in a batch
-    accumulate: int  # batches in a step
+    accumulate: int  # batches in a step, on each GPU
     recompute: str  # activation checkpointing: none, llm (only the LLM), all (also the encoder)
     epochs: int  # passes over all clips
     beams: int  # for the test scores
@@ -185,10 +189,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lr", type=float, help="highest learning rate")
     add("--schedule", choices=("linear", "cosine"), help="how the learning rate falls")
     add("--batch", type=int, help="largest number of positions (speech and text) in a batch")
-    add("--accumulate", type=int, help="batches in one step of the optimizer")
+    add("--accumulate", type=int, help="batches in one step, on each GPU")
     add("--recompute", choices=("none", "llm", "all"), help="models with activation checkpointing")
     add("--max-failed", type=float, help="share of clips that may fail to load [0.01]")
     add("--save-minutes", type=float, help="minutes between two saves [20]")
+    add("--shard", action="store_true", help="divide the frozen weights over the GPUs")
     add("--compile", action="store_true", help="compile each layer; on a CPU it needs g++")
     add("--seed", type=int, default=0, help="random seed [0]")
     return parser
@@ -271,12 +276,15 @@ def dev_scores(model: LLaST, dev: Batches) -> dict[str, float]:
     BLEU is computed with one beam.
     """
     model.eval()
-    losses = [model(batch) for group in dev.groups(0) if (batch := dev.load(group))]
+    groups = dev.groups(0) if isinstance(model, FSDPModule) else my_share(dev.groups(0))
+    losses = [model(batch).cpu() for group in groups if (batch := dev.load(group))]
+    losses = sum(gather(losses), [])
     if not losses:
         raise ValueError(f"no dev clip can be read; fix them: {', '.join(map(str, dev.skipped))}")
     scores = {"dev_loss": round(torch.cat(losses).mean().item(), 4)}
     for direction, rows in by_direction(dev.rows).items():
-        scores[f"dev_bleu {direction}"] = score_rows(model, rows, search=ONE_BEAM)["bleu"]
+        result = score_rows(model, rows, search=ONE_BEAM, translator=translate_share)
+        scores[f"dev_bleu {direction}"] = result["bleu"]
     return scores
 
 
@@ -379,6 +387,8 @@ class StopSignals:
 
     def handle(self, number, frame):
         self.received = number
+        if n_ranks() > 1:
+            return  # all ranks stop together, see agree_on_step
         for other in (signal.SIGINT, signal.SIGTERM):
             signal.signal(other, signal.SIG_DFL)
         if not self.is_held_back:
@@ -391,7 +401,7 @@ class StopSignals:
             yield
         finally:
             self.is_held_back = False
-        if self.received:
+        if self.received and n_ranks() == 1:
             raise KeyboardInterrupt
 
 
@@ -409,28 +419,28 @@ class Step:
     n_steps: int
     epoch: int  # from 1
     lr: float
+    loss: float  # the mean of all answer tokens
     losses: torch.Tensor  # of every answer token: batch after batch, row after row
     grad_norm: float  # norm (length) of the gradient before clipping
-    batches: list[Batch]
+    batches: list[Batch]  # with several GPUs, the batches and losses of this one
 
     @property
     def is_finite(self) -> bool:
         """Whether the step changes the weights. Otherwise it would make them NaN."""
-        return math.isfinite(self.losses.sum() + self.grad_norm)
+        return math.isfinite(self.loss + self.grad_norm)
 
 
-def compute_gradient(model: LLaST, batches: list[Batch], clip_norm: float):
+def compute_gradient(model: LLaST, batches: list[Batch], n_tokens: int, clip_norm: float):
     """Compute the gradient of one step, and scale it down if its norm is more than clip_norm.
 
     Returns the losses of all answer tokens, on the CPU, and the norm of the gradient before
     clipping.
 
-    The losses are divided by the number of tokens of the whole step, so that every token counts
+    The losses are divided by n_tokens, the number of tokens of the step, so that every token counts
     the same. Example: a batch with the losses 1, 1, 1, 1 and a batch with the loss 6. The mean of
     the five tokens is 10 / 5 = 2. The mean of the two means would be (1 + 6) / 2 = 3.5: the one
     token of the second batch would count as much as the four tokens of the first together.
     """
-    n_tokens = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
     model.zero_grad(set_to_none=True)
     step_losses = []
     for batch in batches:
@@ -439,6 +449,7 @@ def compute_gradient(model: LLaST, batches: list[Batch], clip_norm: float):
             losses = model(batch)  # one for each answer token
             (losses.sum() / n_tokens).backward()  # is added to the gradients of the earlier batches
         step_losses.append(losses.detach())
+    sum_gradients(model)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     # The only place of a step where the CPU waits for the GPU. In between, it is ahead of the GPU,
     # so the GPU always has work.
@@ -459,9 +470,10 @@ def train_epochs(
     """
     state = state or TrainState(model, settings)
     norms = None if state.step else tensor_norms(model)
+    step_size = settings.accumulate * n_ranks()  # in batches
     sizes = [len(batches.groups(epoch)) for epoch in range(settings.epochs)]
     # The number of the last step of each epoch. The learning rate depends on the last of them.
-    ends = list(accumulate(math.ceil(size / settings.accumulate) for size in sizes))
+    ends = list(accumulate(math.ceil(size / step_size) for size in sizes))
     n_clips = len({row.path for row in batches.rows})
     n_empty = n_bad = 0  # steps in a row without a readable clip, and without a finite gradient
     for epoch, (start, end) in enumerate(zip([0, *ends], ends)):
@@ -469,18 +481,20 @@ def train_epochs(
             continue  # this epoch was finished before the run was stopped
         model.train()
         n_done = state.step - start
-        steps = load_steps(batches, epoch, settings.accumulate, n_done, model.device)
+        steps = load_steps(batches, epoch, step_size, n_done, model.device)
         for step_batches in prefetch(steps, in_thread=model.device.type == "cuda"):
             number = state.step + 1
-            n_empty = 0 if step_batches else n_empty + 1
+            n_tokens = agree_on_step(step_batches, batches.skipped)
+            n_empty = 0 if n_tokens else n_empty + 1
             check_failures(batches.skipped, n_clips, n_empty, settings.max_failed)
-            if not step_batches:
+            if not n_tokens:
                 state.step = number
                 continue
             lr = learning_rate(number, ends[-1], settings)
-            torch.manual_seed(random_seed(batches.seed, number))  # for dropout
-            gradient = compute_gradient(model, step_batches, settings.clip_norm)
-            step = Step(number, ends[-1], epoch + 1, lr, *gradient, step_batches)
+            torch.manual_seed(random_seed(batches.seed, number, rank()))  # for dropout
+            gradient = compute_gradient(model, step_batches, n_tokens, settings.clip_norm)
+            loss = sum(gather(gradient[0].sum().item())) / n_tokens
+            step = Step(number, ends[-1], epoch + 1, lr, loss, *gradient, step_batches)
             with STOP.held_back():  # so that the weights, `step` and the log always agree
                 if step.is_finite:
                     state.update_weights(lr)
@@ -539,11 +553,15 @@ def load_steps(
 ) -> Iterator[list[Batch]]:
     """Yield the batches of each step of an epoch, without the clips that cannot be read.
 
-    A step has `size` batches. The first n_done steps of the epoch are left out.
+    A step has `size` batches. The first n_done steps of the epoch are left out. With several ranks,
+    each loads its share of every step, and all of them have the same number of batches.
     """
     groups = batches.groups(epoch)
     for start in range(n_done * size, len(groups), size):
-        loaded = [batches.load(group) for group in groups[start : start + size]]
+        loaded = [batches.load(group) for group in my_share(groups[start : start + size])]
+        if n_ranks() > 1:
+            loaded += [None] * (size // n_ranks() - len(loaded))
+            loaded = [batch or empty_batch() for batch in loaded]
         yield [to_device(batch, device) for batch in loaded if batch is not None]
 
 
@@ -556,7 +574,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     if device.type != "cuda":
         return batch
     tensors = torch.cat(batch.audio), batch.ids  # one copy instead of one for each clip
-    audio, ids = (tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
+    with torch.cuda.device(device):  # otherwise a thread pins memory for the first GPU
+        audio, ids = (tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors)
     return replace(batch, audio=list(audio.split([len(clip) for clip in batch.audio])), ids=ids)
 
 
@@ -591,12 +610,137 @@ def check_failures(failed: dict[Path, str], n_clips: int, empty_steps: int, max_
     raise ValueError(f"{problem}; {advice}. The first:{first}")
 
 
+# ------------------------------------------------------------------------------------ several GPUs
+
+# torchrun starts one process, a "rank", for each GPU. All ranks have the same trained weights. In
+# each step, every rank computes the gradient of its own batches. Then the gradients are summed, and
+# all ranks do the same step. This is called data parallel. Only rank 0 prints and writes files. In
+# a run without torchrun there is only rank 0, and these functions change nothing.
+#
+# PyTorch has a class for this, DistributedDataParallel. It sends the gradients during the backward
+# pass, but it needs the same number of batches on every rank. Here the gradients are small, because
+# only LoRA and the projector are trained. tools/plan.py prints how many bytes a GPU sends.
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def n_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def on_rank_0(function):
+    """Return a function that does nothing on the other ranks."""
+    return lambda *args: function(*args) if rank() == 0 else None
+
+
+@contextmanager
+def join_ranks():
+    """Connect the processes that torchrun started. All ranks except rank 0 print only errors."""
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"  # gloo sends numbers and texts, NCCL sends gradients
+    dist.init_process_group(backend)
+    nowhere = open(os.devnull, "w") if rank() else None
+    with redirect_stdout(nowhere or sys.stdout), redirect_stderr(nowhere or sys.stderr):
+        yield
+    dist.destroy_process_group()
+
+
+def my_share(items: list) -> list:
+    """The items of this rank: of 3 ranks, rank 1 has the items 1, 4, 7, and so on."""
+    return items[rank() :: n_ranks()]
+
+
+def gather(value) -> list:
+    """The values of all ranks, in the order of the ranks. All ranks must call this together."""
+    values = [value] * n_ranks()
+    try:
+        if n_ranks() > 1:
+            dist.all_gather_object(values, value)
+    except RuntimeError as error:
+        problem = f"rank {rank()} has lost another rank, or waited 30 minutes for it"
+        advice = "see the message of that rank, then start the same command again"
+        raise ConnectionError(f"{problem}; {advice}") from error
+    return values
+
+
+def agree_on_step(batches: list[Batch], failed: dict[Path, str]) -> int:
+    """Return the number of answer tokens in the batches of all ranks.
+
+    Also add to `failed` the clips that the other ranks could not read. If a rank got a signal to
+    stop, stop all ranks here, before the step.
+    """
+    n_tokens = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
+    messages = gather((n_tokens, dict(failed), STOP.received))
+    for _, others, signal_number in messages:
+        failed |= others
+        STOP.received = STOP.received or signal_number
+    if STOP.received and n_ranks() > 1:
+        raise KeyboardInterrupt
+    return sum(n for n, *_ in messages)
+
+
+def sum_gradients(model: LLaST):
+    """Replace the gradients of each rank by their sum over all ranks."""
+    for p in model.parameters():
+        if p.requires_grad and n_ranks() > 1:
+            dist.all_reduce(p.grad)  # the default operation is a sum
+
+
+def empty_batch() -> Batch:
+    """A row that is a second of silence, without an answer: its loss and its gradient are 0.
+
+    A rank computes it if it has no batch, because all ranks must call a divided layer together.
+    """
+    ids, labels, lengths = torch.tensor([[0]]), torch.tensor([[IGNORE]]), torch.tensor([1])
+    return Batch([], [torch.zeros(SAMPLE_RATE)], ids, labels, lengths, audio_at=[0])
+
+
+def shard_base(model: LLaST, device: torch.device, dtype: torch.dtype):
+    """Divide the frozen weights of all layers over the ranks, and move the model to the GPU.
+
+    For each layer, the ranks collect its weights, compute, and keep only their own parts again.
+    What is trained is not divided, so the steps and the files are those of a run without --shard.
+    """
+    trained = {p for p in model.parameters() if p.requires_grad}
+    for part in (*model.speech_encoder.layers, *model.llm.model.layers, model):
+        # Read and convert one layer at a time: the whole base may be too large for one GPU.
+        for p in part.parameters():
+            p.data = p.data.to(device, p.dtype if p in trained else dtype)
+        # The last part is the model. It divides nothing more, but it connects the layers: while one
+        # computes, the next one is collected.
+        fully_shard(part, ignored_params=set(model.parameters()) if part is model else trained)
+    # Keys and values that a layer returns are views. PyTorch warns, because nobody may change them.
+    warnings.filterwarnings("ignore", ".*returned a view tensor")
+    # The first pass makes the tensors for collected weights. In scoring (inference mode), it would
+    # make tensors that cannot be used for training.
+    model(empty_batch()).sum().backward()
+
+
+def translate_share(model: LLaST, paths: list[Path], *args, **options) -> list:
+    """Like translate(), but each rank translates a share of the clips. All get all results."""
+    if isinstance(model, FSDPModule):  # all ranks must call each layer together
+        return translate(model, paths, *args, **options)
+    results = [None] * len(paths)
+    for i, share in enumerate(gather(translate(model, my_share(paths), *args, **options))):
+        results[i :: n_ranks()] = share
+    return results
+
+
 # ------------------------------------------------------------------------------------------ the run
 
 
 def run(args: argparse.Namespace) -> int:
     start_time = time.time()
     settings = with_flags(PRESETS[args.preset], args)
+    if args.shard and n_ranks() == 1:
+        raise ValueError("--shard needs several processes, but there is one; use torchrun")
     out = args.out or HERE / "runs" / settings.lang.replace(",", "-")
     check_folders(settings, out)
     splits = read_corpora(settings, args.clips)
@@ -621,6 +765,7 @@ def run(args: argparse.Namespace) -> int:
         except KeyboardInterrupt as error:
             if state.step:
                 report.save()  # also the model, so that it can be used
+            gather(None)  # torchrun ends all ranks when one has ended, so wait for rank 0
             raise KeyboardInterrupt(saved_in(out)) from error
     return 0
 
@@ -646,6 +791,8 @@ def check_folders(settings: Preset, out: Path):
 
 def lock(out: Path):
     """Open run.json. While it is open, a second run in this folder is an error."""
+    if rank():
+        return open(os.devnull)
     out.mkdir(parents=True, exist_ok=True)
     file = open(out / "run.json", "a")
     try:
@@ -665,6 +812,7 @@ def describe_run(args, settings: Preset, rows: list[Row], fingerprints: dict[str
     """The content of run.json: settings, and SHA-256 of the training rows and the base models."""
     values = {name: getattr(args, name) for name in ("preset", "clips", "seed", "compile")}
     values |= asdict(settings) | {"torch": torch.__version__}
+    values["accumulate"] *= n_ranks()  # the same steps with another number of GPUs
     values |= {f"{name}_sha256": digest for name, digest in fingerprints.items()}
     digest = hashlib.sha256()
     for row in rows:  # the path inside the corpus, because the corpus may be moved
@@ -681,6 +829,11 @@ def start_files(out: Path, description: dict, state: TrainState):
     log, size = out / "log.jsonl", 0
     if (out / STATE).exists():
         size = state.load(out / STATE, description)["log_size"]
+    runs = gather(description | {"step": state.step})
+    if any(run != runs[0] for run in runs):
+        raise ValueError(f"rank {rank()} has other files or settings; use the same everywhere")
+    if rank():
+        return
     (out / "run.json").write_text(json.dumps(description, indent=2) + "\n")
     log.touch()
     lost = log.read_bytes()[size:].count(b"\n")
@@ -695,7 +848,11 @@ def load_model(settings: Preset, args: argparse.Namespace) -> LLaST:
     device, dtype, reason = pick_device()
     print(f"{short(settings.encoder)}, {short(settings.llm)}, {short(settings.data)}; {reason}")
     with explain_out_of_memory("while loading the models", ADVICE_MODELS):
-        model = LLaST.fresh(model_config(settings), dtype, device)
+        if args.shard:  # None and cpu: the weights stay in the file until they are divided
+            model = LLaST.fresh(model_config(settings), None, "cpu")
+            shard_base(model, device, dtype)
+        else:
+            model = LLaST.fresh(model_config(settings), dtype, device)
     model.speech_encoder.recompute = settings.recompute == "all"
     model.llm.recompute = settings.recompute != "none"
     if args.compile:
@@ -740,8 +897,10 @@ class Report:
         self.bar = tqdm(initial=state.step, unit="step", leave=False, disable=None)
 
     def after_step(self, step: Step):
-        loss, now = step.losses.mean().item(), time.perf_counter()
-        n_clips = sum(len(batch.audio) for batch in step.batches)
+        loss, now = step.loss, time.perf_counter()
+        paths = [str(example.row.path) for batch in step.batches for example in batch.examples]
+        paths = sum(gather(paths), [])
+        n_clips = len(paths)
         rate, self.step_start = n_clips / (now - self.step_start), now
         self.bar.total = step.n_steps
         self.bar.update()
@@ -750,7 +909,6 @@ class Report:
         if step.is_finite:
             line |= {"loss": round(loss, 5), "lr": step.lr, "grad_norm": round(step.grad_norm, 4)}
         else:
-            paths = [str(e.row.path) for batch in step.batches for e in batch.examples]
             line["skipped"] = paths
             problem = f"its loss is {loss:.4g} and its gradient has length {step.grad_norm:.4g}"
             tqdm.write(f"step {step.number} is skipped: {problem}; check {', '.join(paths)}")
@@ -759,6 +917,7 @@ class Report:
         if now - self.save_time >= 60 * self.settings.save_minutes:
             self.save_state()
 
+    @on_rank_0
     def save_state(self):
         """Save the state, unless it is already saved: after_epoch may have written to the log."""
         if self.state.step != self.saved_step:
@@ -767,6 +926,7 @@ class Report:
             self.state.save(self.out / STATE, self.description | {"log_size": size})
             self.save_time, self.saved_step = time.perf_counter(), self.state.step
 
+    @on_rank_0
     def save(self):
         """Save the state, then the model. As long as there is a state, the run is not finished."""
         self.save_state()
@@ -783,6 +943,7 @@ class Report:
             print_samples(self.model, self.dev.rows)
         self.step_start = time.perf_counter()  # the next step did not begin before
 
+    @on_rank_0
     def log(self, line: dict):
         """Add a line to log.jsonl. If the file cannot be written, print this once and continue."""
         try:
@@ -800,21 +961,25 @@ def finish(model: LLaST, splits: dict, settings: Preset, out: Path, start_time: 
     Also save the limit above which translate.py calls an answer unlikely.
     """
     results, search = {}, SearchOptions(settings.beams)
-    merge_lora(model)  # From here on the model only translates, and merged weights are faster.
+    if not isinstance(model, FSDPModule):
+        merge_lora(model)  # From here on the model only translates, and merged weights are faster.
+    options = dict(search=search, translator=translate_share)
     with explain_out_of_memory(f"on a dev or test clip ({saved_in(out)})", ADVICE_MODELS):
         dev = by_direction(splits["dev"]).values()
-        lowest = min(score_rows(model, rows, search=search)["low_score"] for rows in dev)
+        lowest = min(score_rows(model, rows, **options)["low_score"] for rows in dev)
         model.config = replace(model.config, max_loss=-lowest)
-        model.save_pretrained(out)
+        if rank() == 0:
+            model.save_pretrained(out)
         for direction, group in by_direction(splits["test"]).items():
-            tsv = out / f"test.{direction}.tsv"
-            results[direction] = score_rows(model, group, tsv, search, progress=True)
+            tsv = out / f"test.{direction}.tsv" if rank() == 0 else None
+            results[direction] = score_rows(model, group, tsv, progress=True, **options)
             print(f"test {describe(direction, results[direction])}")
     results["seconds"] = seconds = round(time.time() - start_time, 1)
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    for name in ("llast.safetensors", "llast.json", "results.json", "."):
-        wait_for_disk(out / name)
-    (out / STATE).unlink()  # from now on, the run is finished
+    if rank() == 0:
+        (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        for name in ("llast.safetensors", "llast.json", "results.json", "."):
+            wait_for_disk(out / name)
+        (out / STATE).unlink()  # from now on, the run is finished
     print(f"\n{seconds:.0f} s in all. The model and its scores are in {short(out)}. Try:")
     # The example is a clip of the last direction.
     print(f"    python translate.py --model {short(out)} --lang {direction} {short(group[0].path)}")
@@ -827,7 +992,8 @@ def main() -> int:
     args = build_parser().parse_args()
     STOP.catch()
     try:
-        return run(args)
+        with join_ranks():
+            return run(args)
     except KeyboardInterrupt as stop:
         number = STOP.received or signal.SIGINT
         print(f"\nstopped by {signal.Signals(number).name}. {stop}", file=sys.stderr)

@@ -481,15 +481,16 @@ def read_splits(corpus: Path, source: str, target: str, wanted=()) -> dict[str, 
     return splits
 
 
-def score_rows(model, rows: list[Row], tsv=None, search=SearchOptions(), **options) -> dict:
-    """Translate rows of one direction and score the translations.
+def score_rows(model, rows: list, tsv=None, search=SearchOptions(), translator=None, **options):
+    """Translate rows of one direction and score the translations. -> dict
 
-    "low_score" is the score that 98 % of the translations reach.
+    "low_score" is the score that 98 % of the translations reach. `translator` is a function that is
+    used instead of `translate`, for example to divide the clips over several GPUs.
     """
     source, target = rows[0].source, rows[0].target
     metrics(target)  # report a missing package before the long work
     paths, references = [row.path for row in rows], [row.translation for row in rows]
-    results = translate(model, paths, "st", source, target, search, **options)
+    results = (translator or translate)(model, paths, "st", source, target, search, **options)
     failed = write_results(rows, references, results, tsv)
     scores = torch.tensor([result.score for result in results if not result.error] or [-100.0])
     low_score = round(scores.quantile(0.02).item(), 4)

@@ -216,7 +216,9 @@ def test_two_batches_of_a_step_give_the_gradient_of_one_large_batch(toy):
     gradients, losses = [], []
     for groups in ([examples[:5], examples[5:]], [examples]):
         model, batches = new_model(settings, rows)
-        found, norm = compute_gradient(model, [batches.load(group) for group in groups], 1e9)
+        loaded = [batches.load(group) for group in groups]
+        n_tokens = sum(int((batch.labels != data.IGNORE).sum()) for batch in loaded)
+        found, norm = compute_gradient(model, loaded, n_tokens, 1e9)
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
         losses.append(found)
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)

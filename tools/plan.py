@@ -1,6 +1,7 @@
 """Print what a training run needs: parameters, memory, steps, time and downloads.
 
     python tools/plan.py llast-8b --lang fr
+    python tools/plan.py llast-8b --gpus 8             with several GPUs: train.py and torchrun
 
 It needs no weights. Sizes: B clips in a batch, S states in the encoder, P positions in the LLM,
 Da the width of the encoder, D the width of the LLM.
@@ -19,17 +20,29 @@ from data import CACHE_BYTES, n_positions, parse_directions, read_corpus
 from llama import Llama, LlamaConfig
 from llast import LLaST
 from tools.cost import encoder_flops, llm_flops, projector_flops
-from train import PRESETS, Preset, download_command, model_config, print_parts, short, with_flags
+from train import (
+    DOWNLOADS,
+    PRESETS,
+    Preset,
+    download_command,
+    model_config,
+    print_parts,
+    short,
+    with_flags,
+)
 from train import build_parser as train_parser
 from whisper_encoder import SAMPLE_RATE, WhisperConfig, WhisperEncoder, n_states
 
-GEOMETRY = {  # config.json of the checkpoints in train.DOWNLOADS
+GEOMETRY = {  # config.json of public checkpoints, by the name of the folder
     "whisper-large-v2": WhisperConfig(80, 1280, 32, 20, 5120, 1500),
     "TinyLlama-1.1B-Chat-v1.0": LlamaConfig(
         2048, 5632, 22, 32, 4, 64, 32000, 1e-5, 10_000.0, False
     ),
     "Llama-2-7b-chat-hf": LlamaConfig(4096, 11008, 32, 32, 32, 128, 32000, 1e-5, 10_000.0, False),
     "Llama-2-13b-chat-hf": LlamaConfig(5120, 13824, 40, 40, 40, 128, 32000, 1e-5, 10_000.0, False),
+    # No preset uses these two. The paper asks whether a larger LLM would translate better.
+    "llama-30b": LlamaConfig(6656, 17920, 60, 52, 52, 128, 32000, 1e-6, 10_000.0, False),
+    "Llama-2-70b-chat-hf": LlamaConfig(8192, 28672, 80, 64, 8, 128, 32000, 1e-5, 10_000.0, False),
 }
 COVOST_TRAIN = {  # rows and hours of CoVoST-2's train split, by the language that is spoken
     "fr": (207_374, 264), "de": (127_834, 184), "es": (79_015, 113), "ca": (95_854, 136),
@@ -173,35 +186,37 @@ def example_flops(
     return convolutions + 2 * frozen - first + 3.5 * (attention + causal) + 3 * trained + again
 
 
-def print_plan(settings: Preset, clips: int | None):
-    """Print parameters, memory, steps, time and downloads of a training run."""
+def print_plan(settings: Preset, clips: int | None, gpus: int = 1):
+    """Print parameters, memory, steps, time and downloads of a training run on `gpus` GPUs."""
     Wc, Lc = geometry(settings.encoder, WhisperConfig), geometry(settings.llm, LlamaConfig)
     with torch.device("meta"):
         model = LLaST(model_config(settings), WhisperEncoder(Wc), Llama(Lc), tokenizer=None)
     counts, seconds = count_examples(settings, clips)
-    trained, frozen = print_parts(model)["all"]
+    print_parts(model)
     n_st, n_asr = print_examples(settings, counts)
 
     n_samples = math.ceil(seconds * SAMPLE_RATE)
     n, P = n_states(n_samples), n_positions(n_samples, TEXT + 1)  # AUDIO_ID is one more id
     S = Wc.max_source_positions if settings.window == "30s" else n
     B = max(1, settings.batch // P)
-    print_memory(settings, model, trained, frozen, B, S, P)
+    print_memory(settings, model, gpus, B, S, P)
     decoded = min(CACHE_BYTES, 4 * SAMPLE_RATE * seconds * n_st)
     print(f"    {'main memory: decoded clips':29}{decoded / 1e9:6.2f}")
 
     flops = example_flops(settings, Wc, Lc, S, n, TEXT, ANSWER)
-    hours = (n_st + n_asr) * settings.epochs * flops / (FLOPS * SHARE) / 3600
-    steps = math.ceil((n_st + n_asr) / (B * settings.accumulate))
+    hours = (n_st + n_asr) * settings.epochs * flops / (gpus * FLOPS * SHARE) / 3600
+    steps = math.ceil((n_st + n_asr) / (B * settings.accumulate * gpus))
+    several = f" x {gpus} GPUs" if gpus > 1 else ""
+    devices = f"{gpus} H100, without the time to send" if gpus > 1 else "one H100"
     print(
         f"\na row       {seconds:.1f} s on average: {S} states in the encoder, {n} + {TEXT} "
         f"(assumed) positions in the LLM\n"
-        f"a step      {B} rows x {settings.accumulate} batches\n"
+        f"a step      {B} rows x {settings.accumulate} batches{several}\n"
         f"an epoch    {n_st + n_asr:,} rows in {steps:,} steps\n"
         f"arithmetic  {flops / 1e9:,.0f} GFLOP a row\n"
         f"time        {f'{hours:.1f} h' if hours > 0.1 else 'less than 0.1 h'} for "
         f"{settings.epochs} epoch{'s'[: settings.epochs > 1]} at {SHARE:.0%} of "
-        f"{FLOPS / 1e12:.0f} TFLOP/s (one H100; by formula, not measured)"
+        f"{FLOPS / 1e12:.0f} TFLOP/s ({devices}; by formula, not measured)"
     )
     print_downloads(settings)
 
@@ -216,23 +231,60 @@ def print_examples(settings: Preset, counts: list[tuple[str, int, int]]) -> tupl
     return n_st, n_asr
 
 
-def print_memory(settings: Preset, model: LLaST, trained: int, frozen: int, B: int, S: int, P: int):
-    """Print the memory of a GPU that training needs, and that translation needs."""
+def layer_bytes(model: LLaST) -> list[int]:
+    """Bytes of the frozen weights of each layer, in bfloat16. --shard divides these weights."""
+    layers = (*model.speech_encoder.layers, *model.llm.model.layers)
+    frozen = [[p for p in layer.parameters() if not p.requires_grad] for layer in layers]
+    return [2 * sum(p.numel() for p in parameters) for parameters in frozen]
+
+
+def sent_bytes(settings: Preset, trained: int, layers: list[int], gpus: int, shard: bool) -> float:
+    """Bytes that one GPU sends to others in one step, if they are connected as a ring.
+
+    To sum the gradients, a GPU sends each number twice, except its own share: first to be added,
+    then as a part of the result. With --shard, the weights of a layer are collected twice for each
+    batch, for the forward and the backward pass. A GPU passes on all of them except one share.
+    """
+    gradients = 2 * 4 * trained
+    weights = 2 * settings.accumulate * sum(layers) if shard else 0
+    return (gpus - 1) / gpus * (gradients + weights)
+
+
+def print_memory(settings: Preset, model: LLaST, gpus: int, B: int, S: int, P: int):
+    """Print the memory of each GPU that training needs, and that translation needs.
+
+    With several GPUs, also print it with --shard, and the bytes that a GPU sends in a step.
+    """
     Wc, Lc = model.speech_encoder.config, model.llm.config
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = 2 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    layers = layer_bytes(model)
+    # One layer is in use. PyTorch has also received the next one, and keeps what it received of
+    # this one a little longer.
+    gathered = 3 * max(layers)
     memory = {
-        "frozen weights, bfloat16": 2 * frozen,
-        "LoRA and projector, float32": 4 * trained,
-        "gradients, float32": 4 * trained,
-        "two averages of AdamW": 8 * trained,
-        "activations, estimated": activation_bytes(settings, Wc, Lc, B, S, P),
+        "frozen weights, bfloat16": (frozen, frozen - sum(layers) + sum(layers) / gpus),
+        "collected layers, estimated": (0, gathered),
+        "LoRA and projector, float32": (4 * trained, 4 * trained),
+        "gradients, float32": (4 * trained, 4 * trained),
+        "two averages of AdamW": (8 * trained, 8 * trained),
+        "activations, estimated": (activation_bytes(settings, Wc, Lc, B, S, P),) * 2,
     }
-    print("\nmemory on one GPU                    GB")
-    for label, size in (memory | {"all": sum(memory.values())}).items():
-        print(f"    {label:29}{size / 1e9:6.2f}")
+    memory["all"] = tuple(map(sum, zip(*memory.values(), strict=True)))
+    if gpus == 1:
+        print("\nmemory on one GPU                    GB")
+        del memory["collected layers, estimated"]
+    else:
+        print(f"\n{f'memory on each of {gpus} GPUs':33}{'GB':>6}   with --shard")
+        sizes = [sent_bytes(settings, trained, layers, gpus, shard) for shard in (False, True)]
+        memory["a GPU sends in each step"] = tuple(sizes)
+    for label, sizes in memory.items():
+        columns = [f"{size / 1e9:{width}.2f}" for size, width in zip(sizes, (6, 15), strict=True)]
+        print(f"    {label:29}{''.join(columns[: 1 if gpus == 1 else 2])}")
     projector = sum(p.numel() for p in model.projector.parameters())
     largest = max(Wc.d_model * Wc.encoder_ffn_dim, Lc.hidden_size * Lc.intermediate_size)
-    loading = 2 * frozen + 4 * trained + 16 * largest  # LoRA is in memory until it is merged
-    merged = 2 * frozen + 4 * projector + translation_bytes(settings, Wc, Lc, S, P - ANSWER)
+    loading = frozen + 4 * trained + 16 * largest  # LoRA is in memory until it is merged
+    merged = frozen + 4 * projector + translation_bytes(settings, Wc, Lc, S, P - ANSWER)
     print(f"    {f'to translate {CLIPS} such clips':29}{max(loading, merged) / 1e9:6.2f}")
 
 
@@ -240,7 +292,8 @@ def print_downloads(settings: Preset):
     """Print for the models and the corpus whether they exist, or the command that gets them."""
     print("\nwhat must exist                       and how to get it")
     for base in (settings.encoder, settings.llm):
-        print(f"    {short(base):34}{'(exists)' if base.exists() else download_command(base)}")
+        how = download_command(base) if base.name in DOWNLOADS else "(only planned, see README.md)"
+        print(f"    {short(base):34}{'(exists)' if base.exists() else how}")
     command = "python tools/prepare.py covost2 --common-voice CV --covost COVOST"
     command += f" --lang {settings.lang} --out {short(settings.data)}"
     print(f"    {short(settings.data):34}{'(exists)' if settings.data.exists() else command}")
@@ -252,15 +305,18 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="It also takes all options of train.py.",
     )
     parser.add_argument("preset", choices=PRESETS, help="defaults of the other options")
+    parser.add_argument("--gpus", type=int, default=1, help="number of GPUs, one process on each")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # escape what stdout cannot encode
-    args, others = build_parser().parse_known_args(argv)
-    args = train_parser().parse_args(["--preset", args.preset, *others])
+    ours, others = build_parser().parse_known_args(argv)
+    args = train_parser().parse_args(["--preset", ours.preset, *others])
     try:
-        print_plan(with_flags(PRESETS[args.preset], args), args.clips)
+        if ours.gpus < 1:
+            raise ValueError(f"--gpus is {ours.gpus}; it must be at least 1")
+        print_plan(with_flags(PRESETS[ours.preset], args), args.clips, ours.gpus)
     except (ValueError, OSError) as error:
         print(f"plan.py: {error}", file=sys.stderr)
         return 2
