@@ -1,7 +1,10 @@
 """tiny/measure.py, attention.py and tables.py: the measures, and the tables of tiny/README.md."""
 
+import json
 from ctypes.util import find_library
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ import torch
 import toys
 from data import Row, read_corpus
 from lora import lora_layers
-from translate import SearchOptions, translate
+from translate import SearchOptions, Translation, translate
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,6 +73,27 @@ def test_auc_is_the_share_of_pairs_in_the_right_order(measure):
     assert measure.auc([3.0, 4.0], [1.0, 2.0]) == 1
     assert measure.auc([1.0, 3.0], [2.0, 0.0]) == 0.75
     assert measure.auc([1.0], [1.0]) == 0.5
+
+
+def test_answers_to_silence_are_compared_with_those_to_test_clips(measure, monkeypatch):
+    rows = [Row(Path(name), "", name, "fr", "en", 1.0) for name in "abcd"]
+    scores = {"a": -0.1, "b": -0.2, "c": -0.3, "d": -0.4}  # of the test clips; of others -0.25
+
+    def answers(model, clips):
+        texts = ["x" if isinstance(c, torch.Tensor) else str(c) for c in clips]
+        texts = ["wrong" if text == "d" else text for text in texts]
+        values = [scores.get(str(clip), -0.25) for clip in clips]
+        return [Translation("", t, v, unlikely=v < -0.3) for t, v in zip(texts, values)]
+
+    monkeypatch.setattr(measure, "translate", answers)
+    model = SimpleNamespace(config=SimpleNamespace(max_loss=0.3))
+    groups = measure.measure_scores(model, rows, [replace(rows[0], path=Path("z"))])["groups"]
+    assert groups["test clips"] == {"n": 4, "median": -0.3, "unlikely": 1}
+    assert groups["right translations"]["n"] == 3 and groups["wrong translations"]["n"] == 1
+    for name, n in (("silence", measure.N_SOUNDS), ("noise", measure.N_SOUNDS)):
+        assert groups[name]["n"] == n
+        assert groups[name]["auc of test clips"] == 0.5
+        assert groups[name]["auc of right translations"] == pytest.approx(2 / 3, abs=1e-3)
 
 
 def test_inside_the_block_the_llm_gets_only_the_chosen_states(measure, model, clips):
@@ -141,6 +165,25 @@ def test_espeak_ng_gives_the_times_of_the_words_of_a_test_clip(attention):
 def test_the_tables_of_the_readme_are_those_of_the_result_files(tables):
     text = tables.README.read_text(encoding="utf-8")
     assert tables.write_tables(text) == text
+
+
+@pytest.mark.parametrize(
+    "better, other, verdict",
+    [([81, 82], [79, 80], "seen"), ([81, 82], [80, 81.5], "not seen"), ([1, 2], [3, 4], "against")],
+)
+def test_a_claim_is_seen_only_if_the_seeds_do_not_overlap(
+    tables, monkeypatch, tmp_path, better, other, verdict
+):
+    lines = [
+        {"name": name, "seed": i, "dev_loss": 0.1, "test": {"fr-en": {"bleu": bleu}}}
+        for name, values in (("a", better), ("b", other))
+        for i, bleu in enumerate(values)
+    ]
+    (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.setattr(tables, "RUNS", tmp_path / "results.jsonl")
+    monkeypatch.setattr(tables, "CLAIMS", {"a helps": ("a", "b")})
+    row = tables.claims_table().splitlines()[-1]
+    assert row.startswith("| a helps | ") and row.split(" | ")[-1].startswith(verdict)
 
 
 def test_a_table_is_written_between_its_marks(tables, monkeypatch):

@@ -44,7 +44,7 @@ N_SOUNDS = 100  # clips of silence, and clips of noise
 SEED = 2407
 
 
-def test_rows() -> list[Row]:
+def read_test_rows() -> list[Row]:
     return read_corpus(TINY / "corpus", "fr", "en")[0]["test"]
 
 
@@ -55,7 +55,7 @@ def make_voices():
     """Speak the first test sentences in each voice, and the sentences of outside.txt."""
     shutil.rmtree(VOICE_CLIPS, ignore_errors=True)
     VOICE_CLIPS.mkdir(parents=True)
-    texts = [(row.sentence, row.translation) for row in test_rows()[:N_SENTENCES]]
+    texts = [(row.sentence, row.translation) for row in read_test_rows()[:N_SENTENCES]]
     outside = (TINY / "outside.txt").read_text(encoding="utf-8").splitlines()
     jobs = [(voice, voice, *text) for voice in OTHER_VOICES for text in texts]
     for i, sentence in enumerate(outside):
@@ -212,27 +212,26 @@ def measure_scores(model: LLaST, rows: list[Row], outside: list[Row]) -> dict[st
     """The scores of answers to the test clips and to sounds without a known sentence."""
     results = translate(model, [row.path for row in rows])
     right = [r.text == row.translation for r, row in zip(results, rows)]
-    groups = {
+    known = {
         "test clips": results,
         "right translations": [r for r, is_right in zip(results, right) if is_right],
         "wrong translations": [r for r, is_right in zip(results, right) if not is_right],
+    }
+    other = {
         "silence": translate(model, silent_clips()),
         "noise": translate(model, noise_clips()),
         "outside sentences": translate(model, [row.path for row in outside]),
     }
-    scores = {name: [r.score for r in group] for name, group in groups.items()}
+    scores = {name: [r.score for r in group] for name, group in (known | other).items()}
     summary = {}
-    for name, group in groups.items():
-        summary[name] = {
-            "n": len(group),
-            "median": round(torch.tensor(scores[name]).median().item(), 3) if group else None,
-            "unlikely": sum(r.unlikely for r in group),
-        }
-        if group and name not in ("test clips", "right translations"):
-            summary[name]["auc"] = auc(scores["test clips"], scores[name])
-            summary[name]["auc of right translations"] = auc(
-                scores["right translations"], scores[name]
-            )
+    for name, group in (known | other).items():
+        if group:
+            median = round(torch.tensor(scores[name]).median().item(), 3)
+            n_unlikely = sum(result.unlikely for result in group)
+            summary[name] = {"n": len(group), "median": median, "unlikely": n_unlikely}
+    for name in other:
+        for reference in ("test clips", "right translations"):
+            summary[name][f"auc of {reference}"] = auc(scores[reference], scores[name])
     return {"max_loss": model.config.max_loss, "groups": summary}
 
 
@@ -248,7 +247,7 @@ def main():
     device, dtype, _ = pick_device()
     model = LLaST.from_pretrained(args.model, device=device, dtype=dtype)
     weights = hashlib.sha256((args.model / "llast.safetensors").read_bytes()).hexdigest()
-    rows, voices = test_rows(), read_voices()
+    rows, voices = read_test_rows(), read_voices()
     measures = {  # the LoRAs are merged after the first, because merged weights are faster
         "parts": lambda: measure_parts(model, rows[:N_PARTS]),
         "sound": lambda: measure_sound(model, rows, voices),

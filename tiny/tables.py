@@ -25,6 +25,14 @@ EXPERIMENTS = {  # name in results.jsonl: words in the table
     "asr-0": "both, without transcription, as many steps",
     "three-languages": "both, three languages",
 }
+CLAIMS = {  # claims of the paper: the run that should be better, and the other one
+    "LoRA in the encoder helps": ("s-lora", "none"),
+    "LoRA in the LLM helps": ("l-lora", "none"),
+    "both are better than only the encoder's": ("dual", "s-lora"),
+    "both are better than only the LLM's": ("dual", "l-lora"),
+    "learning to transcribe helps, at equal steps": ("dual", "asr-0"),
+    "two more languages help French": ("three-languages", "dual"),
+}
 SOUND = {
     "none": "the test clips as they are",
     "noise": "with white noise, 10 dB weaker than the speech",
@@ -52,11 +60,16 @@ def bleu_row(name: str, scores: dict) -> list:
 BLEU_COLUMNS = ["clips", "BLEU", "equal to the reference"]
 
 
-def experiments_table() -> str:
+def runs_of(name: str) -> list[dict]:
+    """The lines of one run, seed after seed."""
     lines = [json.loads(line) for line in RUNS.read_text().splitlines()]
+    return sorted((line for line in lines if line["name"] == name), key=lambda line: line["seed"])
+
+
+def experiments_table() -> str:
     rows = []
     for name, words in EXPERIMENTS.items():
-        group = sorted((line for line in lines if line["name"] == name), key=lambda x: x["seed"])
+        group = runs_of(name)
         for direction in group[0]["test"]:
             tests = [line["test"][direction] for line in group]
             bleu = [scores["bleu"] for scores in tests]
@@ -70,7 +83,26 @@ def experiments_table() -> str:
                 f"{statistics.mean(bleu):.1f}", f"± {width / 2:.1f}",
             ])  # fmt: skip
     columns = ["LoRA and data", "direction", "steps", "trained parameters", "dev loss", "dev BLEU"]
-    return table([*columns, "test BLEU", "mean", "interval"], rows)
+    devices = {line["device"]["device"] for name in EXPERIMENTS for line in runs_of(name)}
+    commits = {line["commit"] for name in EXPERIMENTS for line in runs_of(name)}
+    source = f"Device: {', '.join(sorted(devices))}. Commit: {', '.join(sorted(commits))}."
+    return table([*columns, "test BLEU", "mean", "interval"], rows) + f"\n\n{source}"
+
+
+def claims_table() -> str:
+    """A claim is seen if each seed of the better run is above each seed of the other run."""
+    rows = []
+    for claim, names in CLAIMS.items():
+        better, other = ([x["test"]["fr-en"]["bleu"] for x in runs_of(name)] for name in names)
+        difference = statistics.mean(better) - statistics.mean(other)
+        seen = "not seen: the seeds overlap"
+        if min(better) > max(other):
+            seen = "seen"
+        elif max(better) < min(other):
+            seen = "against it"
+        losses = [statistics.mean(x["dev_loss"] for x in runs_of(name)) for name in names]
+        rows.append([claim, f"{difference:+.1f}", f"{losses[0] - losses[1]:+.3f}", seen])
+    return table(["claim", "BLEU, difference of the means", "dev loss", "in three seeds"], rows)
 
 
 def sound_table() -> str:
@@ -91,7 +123,7 @@ def scores_table() -> str:
     rows = []
     for name, group in scores["groups"].items():
         marked = f"{group['unlikely']} ({100 * group['unlikely'] / group['n']:.0f} %)"
-        areas = [group.get("auc", "-"), group.get("auc of right translations", "-")]
+        areas = [group.get(f"auc of {x}", "-") for x in ("test clips", "right translations")]
         rows.append([name, group["n"], f"{group['median']:.2f}", marked, *areas])
     columns = ["clips", "number", "median score", "marked `unlikely`"]
     return table([*columns, "area, all test clips", "area, right translations"], rows)
@@ -103,11 +135,13 @@ def attention_table() -> str:
         [split, values["clips"], values["words"], f"{values['mean']:.2f}", f"{values['low']:.2f}"]
         for split, values in results["correlation"].items()
     ]
-    return table(["clips of", "clips", "words", "mean", "10 % of the clips are below"], rows)
+    columns = ["clips of", "clips", "words", "mean rank correlation", "10 % of the clips are below"]
+    return f"Layer {results['layer']}, head {results['head']}:\n\n{table(columns, rows)}"
 
 
 TABLES = {
     "experiments": experiments_table,
+    "claims": claims_table,
     "sound": sound_table,
     "parts": parts_table,
     "scores": scores_table,
