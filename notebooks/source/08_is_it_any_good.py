@@ -336,7 +336,7 @@ for name, texts in systems.items():
 
 # %% [markdown]
 # ## 8.5 Compare two models on the same clips (10 minutes)
-# The two intervals overlap. Does this mean that we cannot say which model is better? No.
+# Often two intervals overlap. Does this mean that we cannot say which model is better? No.
 # Both models translated the same clips, and a difficult clip is difficult for both. So we
 # draw sentences once, and compute both BLEU scores on the *same* draw. This is the
 # **paired** bootstrap.
