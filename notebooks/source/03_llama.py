@@ -27,7 +27,7 @@ sys.path[:0] = ["..", "../.."]  # the folders of course.py and of the library
 import llama
 from course import BLUE, CORPUS, GREEN, ORANGE, TINY, play, reveal, watch_attention
 from data import AUDIO, prompt_for, prompt_ids, read_corpus
-from llama import Llama, RMSNorm, Tokenizer, rotary_angles
+from llama import Llama, RMSNorm, Tokenizer
 from translate import score
 from whisper_encoder import load_audio
 
@@ -166,28 +166,34 @@ def rotate(x, positions, theta=10_000.0):
 
 
 # %% tags=["check"]
-places = torch.arange(5.0)
-x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+calls = []  # inputs and results of the library's rotate, for the real queries and keys
+library_rotate = llama.rotate
+
+
+def record(x, *angles):
+    calls.append((x, library_rotate(x, *angles)))
+    return calls[-1][1]
+
+
+llama.rotate = record
+llm(torch.tensor([prompt]))
+llama.rotate = library_rotate
+
+x, expected = calls[0][0][0, 1], calls[0][1][0, 1]  # queries of layer 0, head 1: (T, Dh)
+places = torch.arange(float(len(x)))
 result = rotate(x, places)
-angles = rotary_angles(places[None], llm.config)  # for theta 10,000 and Dh 64
-expected = llama.rotate(x[None, None], *angles)[0, 0]  # the library's
 assert result.shape == x.shape, f"the shape must stay {tuple(x.shape)}"
-advice = (
-    "a rotation does not change the length of a pair: use the cosine and sine of one angle"
-)
-assert torch.allclose(result.norm(dim=1), x.norm(dim=1), atol=1e-5), advice
-assert torch.allclose(result[0], x[0]), (
-    "position 0 is not rotated: positions begin with 0, not 1"
-)
-backwards = llama.rotate(x[None, None], angles[0], -angles[1])[0, 0]
-assert not torch.allclose(result, backwards, atol=1e-4), (
-    "the sign of the sine: rotated backwards"
-)
-first_pair = result[:, [0, 32]]
+advice = "the length of a pair must not change: use cosine and sine of the same angle"
+assert torch.allclose(result.norm(dim=1), x.norm(dim=1), atol=1e-3), advice
+advice = "position 0 is not rotated: positions begin with 0, not 1"
+assert torch.allclose(result[0], x[0]), advice
+advice = "the sign of the sine: this rotates backwards"
+assert not torch.allclose(rotate(x, -places), expected, atol=1e-3), advice
+a_and_b = result[:, [0, 32]].norm(dim=1)
 advice = "the pairs are i and i + Dh/2, not two neighbours"
-assert torch.allclose(first_pair.norm(dim=1), x[:, [0, 32]].norm(dim=1), atol=1e-5), advice
+assert torch.allclose(a_and_b, x[:, [0, 32]].norm(dim=1), atol=1e-3), advice
 advice = "pair i turns with theta ** (-2 i / Dh), for i from 0 to Dh/2 - 1"
-assert torch.allclose(result, expected, atol=1e-5), advice
+assert torch.allclose(result, expected, atol=1e-3), advice
 print(f"ok: largest difference from the library {(result - expected).abs().max():.1e}")
 
 
@@ -198,7 +204,7 @@ def rotate(x, positions, theta=10_000.0):
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=2).flatten(1)
 
 
-# %% tags=["wrong"] expects="rotated backwards"
+# %% tags=["wrong"] expects="this rotates backwards"
 def rotate(x, positions, theta=10_000.0):
     half = x.shape[1] // 2
     angle = positions[:, None] * theta ** (-2 * torch.arange(half) / x.shape[1])
@@ -235,7 +241,7 @@ query, key = torch.randn(2, 64, generator=torch.Generator().manual_seed(2))
 
 
 def score_of(query_position, key_position):
-    places = torch.tensor([query_position, key_position])
+    places = torch.tensor([query_position, key_position]).float()
     rotated = rotate(torch.stack([query, key]), places)
     return (rotated[0] @ rotated[1]).item()
 
@@ -248,7 +254,7 @@ fig, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8))
 for i, colour in ((0, BLUE), (8, ORANGE), (16, GREEN)):
     ones = torch.zeros(40, 64)
     ones[:, i] = 1
-    left.plot(rotate(ones, torch.arange(40))[:, i], color=colour, label=f"pair {i}")
+    left.plot(rotate(ones, torch.arange(40.0))[:, i], color=colour, label=f"pair {i}")
 left.set(
     xlabel="position (tokens)", ylabel="first number of the pair", title="(1, 0), rotated"
 )
@@ -482,18 +488,17 @@ def rotate_neighbours(x, cos, sin):
     Dh = x.shape[-1]
     order = torch.cat([torch.arange(0, Dh, 2), torch.arange(1, Dh, 2)])
     y = torch.empty_like(x)
-    y[..., order] = right_rotate(x[..., order], cos, sin)
+    y[..., order] = library_rotate(x[..., order], cos, sin)
     return y
 
 
 some = rows[:24]
 right_texts = translate_all([r.sentence for r in some])
-right_rotate = llama.rotate
 llama.rotate = rotate_neighbours
 try:
     wrong_texts = translate_all([r.sentence for r in some])
 finally:
-    llama.rotate = right_rotate  # repair it, whatever happened
+    llama.rotate = library_rotate  # repair it, whatever happened
 references = [r.translation for r in some]
 print(
     "BLEU",
