@@ -118,6 +118,7 @@ class Preset:
 # 1. Batch: 16 rows of any length in the original, a limit of about as many positions here.
 # 2. Schedule: cosine in the original, linear in the paper and here. --schedule cosine changes it.
 # 3. Frozen LLM: 4 bits in the original, bfloat16 (GPU) or float32 (CPU) here.
+# And both examples of a clip are in one batch here (data.Batches.groups).
 PAPER = dict(
     encoder=WEIGHTS / "whisper-large-v2", data=HERE / "corpus", lang="paper", window="30s",
     encoder_rank=128, llm_rank=512, dropout=0.05, asr=1.0, lr=2e-4, schedule="linear", warmup=0.03,
@@ -129,7 +130,7 @@ PRESETS = {
         encoder=TINY / "whisper", llm=TINY / "llama", data=TINY / "corpus", lang="fr",
         template="llama2", window="clip", encoder_rank=16, llm_rank=16, dropout=0.0, asr=1.0,
         lr=1e-3, schedule="linear", warmup=0.05, batch=1100, accumulate=1, recompute="none",
-        epochs=2, beams=5, alpha_per_rank=1.0,
+        epochs=3, beams=5, alpha_per_rank=1.0,
     ),
     "llast-2b": Preset(llm=WEIGHTS / "TinyLlama-1.1B-Chat-v1.0", template="tinyllama", **PAPER),
     "llast-8b": Preset(llm=WEIGHTS / "Llama-2-7b-chat-hf", template="llama2", **PAPER),

@@ -125,7 +125,7 @@ def built(tmp_path):
         answer = [7] * plan.ANSWER
         batch = Batch(
             [],
-            [torch.sin(torch.arange(320 * S) / 7.0)] * B,
+            [torch.sin(torch.arange(320 * S) / 7.0) for _ in range(B)],
             torch.tensor([prompt + answer] * B),
             torch.tensor([[IGNORE] * len(prompt) + answer] * B),
             torch.tensor([len(prompt) + len(answer)] * B),
