@@ -510,7 +510,7 @@ def write_readme_tables(path: Path):
                 f"| {r['ratio']:.2f} | {r['ours_memory'] / 1e6:,.0f} : "
                 f"{r['peer_memory'] / 1e6:,.0f} |"
             )
-    write_below("gpu-peers", lines)
+    write_below("gpu-peers", lines if len(lines) > 2 else ["Not measured yet."])
 
 
 STEPS = {
