@@ -65,15 +65,18 @@ ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 LLM_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def pick_device() -> tuple[torch.device, torch.dtype, str]:
-    """The device, the precision of the frozen weights, and a sentence that explains the choice."""
-    if not torch.cuda.is_available():
-        reason = f"no CUDA device: CPU (threads: {torch.get_num_threads()}), float32"
-        return torch.device("cpu"), torch.float32, reason
-    name = torch.cuda.get_device_name()
-    if torch.cuda.is_bf16_supported():
-        return torch.device("cuda"), torch.bfloat16, f"{name}, frozen weights in bfloat16"
-    return torch.device("cuda"), torch.float32, f"{name}, float32, because it has no bfloat16"
+def pick_device(dtype: str | None = None) -> tuple[torch.device, torch.dtype, str]:
+    """Return the device, the precision of the frozen weights, and a sentence about both.
+
+    `dtype` is "float32", "bfloat16" or None. None means bfloat16 on a GPU that has it, and float32
+    elsewhere.
+    """
+    on_gpu = torch.cuda.is_available()
+    cpu = f"no CUDA device: CPU (threads: {torch.get_num_threads()})"
+    name = torch.cuda.get_device_name() if on_gpu else cpu
+    dtype = dtype or ("bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32")
+    reason = f"{name}, frozen weights in {dtype}"
+    return torch.device("cuda" if on_gpu else "cpu"), getattr(torch, dtype), reason
 
 
 @contextmanager

@@ -132,12 +132,40 @@ PRESETS = {
         lr=7e-4, schedule="linear", warmup=0.05, batch=1100, accumulate=1, recompute="none",
         epochs=3, beams=5, alpha_per_rank=1.0,
     ),
+    # The smallest pair of public models, for a CPU or any GPU. The projector starts at random and
+    # must learn where the words of the LLM are, so it needs a high learning rate and several
+    # epochs. Its rank in the LLM is higher than that of "tiny", because this LLM cannot translate.
+    "base": Preset(
+        encoder=WEIGHTS / "whisper-base", llm=WEIGHTS / "SmolLM2-135M-Instruct",
+        data=TINY / "corpus", lang="fr", template="smollm2", window="clip", encoder_rank=16,
+        llm_rank=32, dropout=0.0, asr=0.5, lr=1e-3, schedule="linear", warmup=0.05, batch=1400,
+        accumulate=1, recompute="none", epochs=3, beams=5,
+    ),
+    # For one GPU with 24 GB. Never run. Its numbers are between those of "base" and of the paper.
+    "small": Preset(
+        **PAPER | dict(encoder=WEIGHTS / "whisper-small", lang="fr", encoder_rank=64, llm_rank=128),
+        llm=WEIGHTS / "Llama-3.2-1B-Instruct", template="llama3",
+    ),
     "llast-2b": Preset(llm=WEIGHTS / "TinyLlama-1.1B-Chat-v1.0", template="tinyllama", **PAPER),
     "llast-8b": Preset(llm=WEIGHTS / "Llama-2-7b-chat-hf", template="llama2", **PAPER),
     "llast-14b": Preset(llm=WEIGHTS / "Llama-2-13b-chat-hf", template="llama2", **PAPER),
+    # The 8B system with newer models. Never run.
+    "llast-8b-llama3": Preset(
+        **PAPER | dict(encoder=WEIGHTS / "whisper-large-v3"),
+        llm=WEIGHTS / "Llama-3.1-8B-Instruct", template="llama3",
+    ),
 }  # fmt: skip
 DOWNLOADS = {  # name of a folder: (Hugging Face repository, files or options for `hf download`)
+    "whisper-base": ("openai/whisper-base", "config.json model.safetensors"),
+    "whisper-small": ("openai/whisper-small", "config.json model.safetensors"),
     "whisper-large-v2": ("openai/whisper-large-v2", "config.json model.safetensors"),
+    "whisper-large-v3": ("openai/whisper-large-v3", "config.json model.safetensors"),
+    "SmolLM2-135M-Instruct": (
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "config.json generation_config.json tokenizer.json model.safetensors",
+    ),
+    "Llama-3.2-1B-Instruct": ("meta-llama/Llama-3.2-1B-Instruct", "--exclude 'original/*'"),
+    "Llama-3.1-8B-Instruct": ("meta-llama/Llama-3.1-8B-Instruct", "--exclude 'original/*'"),
     "TinyLlama-1.1B-Chat-v1.0": ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "--exclude '*.bin'"),
     "Llama-2-7b-chat-hf": ("NousResearch/Llama-2-7b-chat-hf", "--exclude '*.bin'"),
     "Llama-2-13b-chat-hf": ("NousResearch/Llama-2-13b-chat-hf", "--exclude '*.bin'"),
@@ -195,6 +223,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-failed", type=float, help="share of clips that may fail to load [0.01]")
     add("--save-minutes", type=float, help="minutes between two saves [20]")
     add("--shard", action="store_true", help="divide the frozen weights over the GPUs")
+    add("--dtype", choices=("float32", "bfloat16"), help="precision of the frozen weights")
     add("--compile", action="store_true", help="compile each layer; on a CPU it needs g++")
     add("--seed", type=int, default=0, help="random seed [0]")
     return parser
@@ -811,7 +840,7 @@ def lock(out: Path):
 
 def describe_run(args, settings: Preset, rows: list[Row], fingerprints: dict[str, str]) -> dict:
     """The content of run.json: settings, and SHA-256 of the training rows and the base models."""
-    values = {name: getattr(args, name) for name in ("preset", "clips", "seed", "compile")}
+    values = {name: getattr(args, name) for name in ("preset", "clips", "seed", "dtype", "compile")}
     values |= asdict(settings) | {"torch": torch.__version__}
     values["accumulate"] *= n_ranks()  # the same steps with another number of GPUs
     values |= {f"{name}_sha256": digest for name, digest in fingerprints.items()}
@@ -846,7 +875,7 @@ def start_files(out: Path, description: dict, state: TrainState):
 def load_model(settings: Preset, args: argparse.Namespace) -> LLaST:
     """A new model, on the GPU if there is one. Also prints its parameter counts."""
     torch.manual_seed(args.seed)
-    device, dtype, reason = pick_device()
+    device, dtype, reason = pick_device(args.dtype)
     print(f"{short(settings.encoder)}, {short(settings.llm)}, {short(settings.data)}; {reason}")
     with explain_out_of_memory("while loading the models", ADVICE_MODELS):
         if args.shard:  # None and cpu: the weights stay in the file until they are divided

@@ -565,6 +565,7 @@ def add_options(parser: argparse.ArgumentParser):
     add("--max-new-tokens", type=int, default=256, help="longest answer, in tokens [256]")
     add("--batch", type=int, default=16, help="clips in a batch [16]")
     add("--json", action="store_true", help="print one JSON object per line")
+    add("--dtype", choices=("float32", "bfloat16"), help="precision of the frozen weights")
     add("--compile", action="store_true", help="compile the layers; on a CPU this needs g++")
     add("--encoder", type=Path, help="new folder of the encoder, if it was moved")
     add("--llm", type=Path, help="new folder of the LLM, if it was moved")
@@ -590,7 +591,7 @@ def load_model(args: argparse.Namespace) -> tuple[LLaST, Path]:
         folder = saved[-1].parent if saved else HERE / "tiny" / "model"
         kind = "newest" if saved else "included"
         print(f"no --model: using the {kind} one, {folder}", file=sys.stderr)
-    device, dtype, _ = pick_device()
+    device, dtype, _ = pick_device(args.dtype)
     with explain_out_of_memory("while loading the model", "use a smaller model"):
         model = LLaST.from_pretrained(folder, args.encoder, args.llm, device, dtype)
         merge_lora(model, delete_lora=True)

@@ -150,6 +150,8 @@ def test_the_files_in_git_are_below_78_megabytes():
 def test_the_included_model_translates_the_clip_of_the_readme(run_main, monkeypatch):
     clip = re.search(r"python translate.py (tiny/corpus/\S+)", README)[1]
     [reference] = [row["translation"] for row in rows("fr") if row["path"] == Path(clip).name]
-    monkeypatch.setattr(translate, "pick_device", lambda: (torch.device("cpu"), torch.float32, ""))
+    monkeypatch.setattr(
+        translate, "pick_device", lambda _: (torch.device("cpu"), torch.float32, "")
+    )
     _, lines, _ = run_main(translate, "--model", ROOT / "tiny" / "model", ROOT / clip)
     assert [line.split("\t")[1:] for line in lines] == [[reference]]

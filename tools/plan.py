@@ -34,7 +34,17 @@ from train import build_parser as train_parser
 from whisper_encoder import SAMPLE_RATE, WhisperConfig, WhisperEncoder, n_states
 
 GEOMETRY = {  # config.json of public checkpoints, by the name of the folder
+    "whisper-base": WhisperConfig(80, 512, 6, 8, 2048, 1500),
+    "whisper-small": WhisperConfig(80, 768, 12, 12, 3072, 1500),
     "whisper-large-v2": WhisperConfig(80, 1280, 32, 20, 5120, 1500),
+    "whisper-large-v3": WhisperConfig(128, 1280, 32, 20, 5120, 1500),
+    "SmolLM2-135M-Instruct": LlamaConfig(576, 1536, 30, 9, 3, 64, 49152, 1e-5, 100_000.0, True),
+    "Llama-3.2-1B-Instruct": LlamaConfig(
+        2048, 8192, 16, 32, 8, 64, 128256, 1e-5, 500_000.0, True, factor=32.0
+    ),
+    "Llama-3.1-8B-Instruct": LlamaConfig(
+        4096, 14336, 32, 32, 8, 128, 128256, 1e-5, 500_000.0, False, factor=8.0
+    ),
     "TinyLlama-1.1B-Chat-v1.0": LlamaConfig(
         2048, 5632, 22, 32, 4, 64, 32000, 1e-5, 10_000.0, False
     ),
