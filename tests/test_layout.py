@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+import torch.distributed.run
 
 import train
 
@@ -174,6 +175,7 @@ def code_in(text: str) -> list[str]:
 def commands_in(text: str) -> list[list[str]]:
     """The words of each command that runs one of our programs, from its file name on."""
     lines = [re.sub(r"^.*&& ", "", line.strip()) for line in code_in(text)]
+    lines = [re.sub(r"^torchrun .*(?=train\.py)", "python ", line) for line in lines]
     lines = [line.removeprefix("python ") for line in lines if line.startswith("python ")]
     return [shlex.split(line, comments=True) for line in lines if not line.startswith("-")]
 
@@ -224,7 +226,10 @@ def test_every_option_that_a_readme_names_exists():
         *(option_names(m.build_parser()) for m in modules if "cost" not in m.__name__)
     )
     known |= {"--exclude", "--local-dir", "--index-url"}  # of hf and of pip
+    known |= option_names(torch.distributed.run.get_args_parser())  # of torchrun
     for code in (code for text in READMES.values() for code in code_in(text)):
+        if code.startswith("#SBATCH"):  # options of SLURM
+            continue
         assert set(re.findall(r"(?<!\S)--[a-z][a-z-]+", code)) <= known, code
 
 

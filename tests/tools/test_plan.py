@@ -65,6 +65,28 @@ def test_the_readme_states_the_memory_that_the_plan_prints(capsys, preset):
     assert float(claimed) == pytest.approx(float(total), abs=0.051)
 
 
+README = (Path(plan.__file__).parent / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sizes"),
+    re.findall(r"^\| `(llast-\S+(?: --llm[^`]*)?)` \| ([\d. |]+) \|$", README, re.M),
+)
+def test_the_readme_states_memory_and_sent_bytes_of_eight_gpus(capsys, flags, sizes):
+    out = planned(capsys, *flags.split(), "--gpus", "8")
+    [memory] = re.findall(r"^    all +(\S+) +(\S+)$", out, re.M)
+    [sent] = re.findall(r"^    a GPU sends in each step +(\S+) +(\S+)$", out, re.M)
+    planned_sizes = [float(size) for size in memory + sent]
+    assert [float(size) for size in sizes.split("|")] == pytest.approx(planned_sizes, abs=0.051)
+
+
+def test_one_gpu_sends_nothing_and_eight_share_the_work(capsys):
+    one, eight = planned(capsys, "llast-8b"), planned(capsys, "llast-8b", "--gpus", "8")
+    assert "sends" not in one and "in 51,650 steps" in one and "time        34.6 h" in one
+    assert "in 6,457 steps" in eight and "time        4.3 h" in eight
+    assert plan.main(["llast-8b", "--gpus", "0"]) == 2
+
+
 def test_missing_weights_are_an_error_with_the_download_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", "--preset", "llast-8b"])
     assert train.main() == 2
