@@ -1026,7 +1026,8 @@ def main() -> int:
             return run(args)
     except KeyboardInterrupt as stop:
         number = STOP.received or signal.SIGINT
-        print(f"\nstopped by {signal.Signals(number).name}. {stop}", file=sys.stderr)
+        if rank() == 0:
+            print(f"\nstopped by {signal.Signals(number).name}. {stop}", file=sys.stderr)
         return 128 + number
     except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
         tqdm.write(f"train.py: {error}", file=sys.stderr)  # a progress bar may be on this line
