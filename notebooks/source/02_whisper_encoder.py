@@ -121,7 +121,8 @@ reveal("100 with 90", larger, f"{products[100, 90]:.2f}")
 reveal("100 with 110", larger, f"{products[100, 110]:.2f}", "only the distance counts")
 
 fig, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8), width_ratios=[1.2, 1])
-left.imshow(table[:100].T, aspect="auto", origin="lower", cmap=plt.get_cmap("RdBu", 16))
+shown = left.imshow(table[:100].T, aspect="auto", origin="lower", cmap="RdBu")
+fig.colorbar(shown, ax=left, label="value", pad=0.01)
 left.set(xlabel="position (20 ms each)", ylabel="dimension", title="position vectors")
 for position, colour in ((50, BLUE), (200, ORANGE)):
     distance = torch.arange(-50, 51)
@@ -130,12 +131,12 @@ for position, colour in ((50, BLUE), (200, ORANGE)):
         products[position, position + distance],
         color=colour,
         ls="-" if colour == BLUE else "--",
-        label=f"from position {position}",
+        label=f"from {position}",
     )
 right.set(
     xlabel="distance (positions)", ylabel="dot product", title="similarity of two positions"
 )
-right.legend(loc="lower center")
+right.legend(loc="upper right")
 plt.show()
 
 # %% [markdown]
