@@ -39,19 +39,19 @@ from train import build_parser as train_parser
 # ----------------------------------------------------------------------------------- other programs
 
 
-def run_program(file: str, *words, accepted: int = 0) -> str:
+def run_program(file: str, *words, accepted: int = 0, gpus: int = 1) -> str:
     """Run another program of this repository until its end. Returns what it printed to stdout.
 
-    Its exit code must be 0 or `accepted`.
+    Its exit code must be 0 or `accepted`. With several GPUs, torchrun starts it once for each.
 
     Ctrl-C stops it in the same way as when it is started by hand: it saves its work first. It gets
     a session of its own, because otherwise the terminal would send it the signal a second time.
     """
-    words = [str(word) for word in words]
-    print(f"\n$ {shlex.join(['python', file, *words])}", flush=True)
-    command = [sys.executable, str(HERE / file), *words]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(gpus)] if gpus > 1 else []
+    command = [*torchrun, str(HERE / file), *map(str, words)]
+    print(f"\n$ {shlex.join(['python', *command])}", flush=True)
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        [sys.executable, *command], stdout=subprocess.PIPE, text=True, start_new_session=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},  # print its lines at once
     )  # fmt: skip
     lines = []
@@ -107,7 +107,7 @@ def train_and_evaluate(folder: Path, seed: int, settings: Preset, args) -> dict[
     results = folder / "results.json"
     if not (folder / "llast.json").is_file() or (folder / STATE).exists():
         own = "--preset", args.preset, "--seed", seed, "--out", folder
-        run_program("train.py", *own, *args.train_options)
+        run_program("train.py", *own, *args.train_options, gpus=args.gpus)
     check_settings(folder / "run.json", seed, settings, args)
     if not results.is_file():  # train.py writes it; delete it to score the model again
         words = "--model", folder, "--test", settings.lang, "--beams", settings.beams, "--json"
@@ -124,6 +124,7 @@ def check_settings(file: Path, seed: int, settings: Preset, args: argparse.Names
     """Raise ValueError if a model was trained with other settings than those of the command."""
     expected = asdict(settings) | {"seed": seed, "clips": args.clips}
     expected = json.loads(json.dumps(expected, default=str))  # JSON stores tuples as lists
+    expected["accumulate"] *= args.gpus  # as in run.json: batches of a step, on all GPUs
     actual = json.loads(file.read_text())
     for name in sorted(expected.keys() - set(NOT_COMPARED)):
         if actual.get(name) != expected[name]:
@@ -221,6 +222,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("preset", choices=PRESETS, help="defaults of the other options")
     add("--seeds", type=seed_list, default=[0, 1, 2], help="random seeds [0,1,2]")
     add("--out", type=Path, help="folder for the models and the table [runs/reproduce-PRESET]")
+    add("--gpus", type=int, default=1, help="GPUs of this computer for the training [1]")
     add("--common-voice", type=Path, help="Common Voice 4, if the corpus is not prepared yet")
     add("--covost", type=Path, help="tables of CoVoST-2, if the corpus is not prepared yet")
     return parser

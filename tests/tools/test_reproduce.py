@@ -27,7 +27,7 @@ def programs(monkeypatch):
     """Run the other programs in this process, and record their files. This is faster."""
     started = []
 
-    def run_program(file, *words, accepted=0):
+    def run_program(file, *words, accepted=0, gpus=1):
         started.append(Path(file).stem)
         monkeypatch.setattr(sys, "argv", [file, *map(str, words)])
         program = {"train": train.main, "evaluate": evaluate.main}.get(started[-1], prepare.main)
