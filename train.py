@@ -129,7 +129,7 @@ PRESETS = {
     "tiny": Preset(
         encoder=TINY / "whisper", llm=TINY / "llama", data=TINY / "corpus", lang="fr",
         template="llama2", window="clip", encoder_rank=16, llm_rank=16, dropout=0.0, asr=1.0,
-        lr=7e-4, schedule="linear", warmup=0.05, batch=1100, accumulate=1, recompute="none",
+        lr=1e-3, schedule="linear", warmup=0.05, batch=1100, accumulate=1, recompute="none",
         epochs=3, beams=5, alpha_per_rank=1.0,
     ),
     # The smallest pair of public models, for a CPU or any GPU. The projector starts at random and
