@@ -413,8 +413,7 @@ class Batch:
 def examples_for(rows: list[Row], asr: float, seed: int, epoch: int) -> list[Example]:
     """Return one translation example per row, and transcription examples for a share of the clips.
 
-    The rows are in random order. Both examples of a clip are neighbours, see Batches.groups. The
-    share `asr` of the clips is chosen at random. This is ASR-augmented training (2407.15415);
+    The share `asr` of the clips is chosen at random. This is ASR-augmented training (2407.15415);
     the original LLaST uses 1.0. A clip that belongs to several directions is transcribed only once.
     A clip without a sentence is not transcribed. The same arguments always give the same list.
     """
@@ -422,13 +421,13 @@ def examples_for(rows: list[Row], asr: float, seed: int, epoch: int) -> list[Exa
         raise ValueError(f"--asr is {asr}; it is a share, from 0 (none) to 1 (every clip)")
     # Random takes a text, too. The same text gives the same numbers on every machine.
     rng = random.Random(f"examples {seed} {epoch}")
-    row_of_clip = {row.path: row for row in reversed(rows) if row.sentence.strip()}
-    sample = set(rng.sample(list(row_of_clip.values()), round(asr * len(row_of_clip))))
-    examples = []
-    for row in rng.sample(rows, len(rows)):  # all rows in random order
-        examples.append(Example(row, "st"))
-        if row in sample:
-            examples.append(Example(row, "asr"))
+    row_of_clip = {}
+    for row in rows:
+        if row.sentence.strip():
+            row_of_clip.setdefault(row.path, row)
+    sample = rng.sample(list(row_of_clip.values()), round(asr * len(row_of_clip)))
+    examples = [Example(row, "st") for row in rows] + [Example(row, "asr") for row in sample]
+    rng.shuffle(examples)
     return examples
 
 
@@ -507,22 +506,13 @@ class Batches:
         return self.sizes[example]
 
     def groups(self, epoch: int) -> list[list[Example]]:
-        """Return the examples of each batch of an epoch, without those longer than the budget.
-
-        For the order, both examples of a clip have the size of the longer one. So they are nearly
-        always in the same batch, and LLaST.encode_speech encodes the clip only once.
-        """
+        """Return the examples of each batch of an epoch, without those longer than the budget."""
         examples = examples_for(self.rows, self.asr, self.seed, epoch)
         self.too_long = [e for e in examples if self.size_of(e) > self.budget]
         if len(self.too_long) == len(examples):
             raise ValueError(f"no row fits in --batch {self.budget} positions; use a larger one")
         examples = [e for e in examples if self.size_of(e) <= self.budget]
-        tasks = {example.task for example in examples}
-
-        def longer_size(example: Example) -> int:
-            return max(self.size_of(Example(example.row, task)) for task in tasks)
-
-        return group(examples, longer_size, self.budget, self.seed, epoch)
+        return group(examples, self.size_of, self.budget, self.seed, epoch)
 
     def load(self, examples: list[Example]) -> Batch | None:
         """Make a batch of the examples whose clip can be read. Return None if there is none."""

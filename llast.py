@@ -193,23 +193,18 @@ class LLaST(nn.Module):
         return self.llm.lm_head.weight.device
 
     def encode_speech(self, audio: list[Tensor]) -> list[Tensor]:
-        """List of waveforms (N,) -> list of speech embeddings (S, D), one per waveform.
-
-        If a waveform is in the list twice, for two tasks, it is encoded only once.
-        """
-        clips = list({id(clip): clip for clip in audio}.values())
+        """List of waveforms (N,) -> list of speech embeddings (S, D), one per clip."""
         M = self.speech_encoder.config.num_mel_bins
-        mels = [clip_to_mel(clip.to(self.device), M, self.config.window).T for clip in clips]
+        mels = [clip_to_mel(clip.to(self.device), M, self.config.window).T for clip in audio]
         lengths = torch.tensor([len(mel) // 2 for mel in mels])
         # Here S is that of the longest clip, or of the 30 s window.
         mel = pad_sequence(mels, batch_first=True).transpose(1, 2)  # (B, M, 2S)
         mel = mel.to(self.speech_encoder.conv1.weight.dtype)
         # Keep only the states of the clip itself, not of the silence that fills a 30 s window.
-        n_real = [n_states(len(clip)) for clip in clips]
+        n_real = [n_states(len(clip)) for clip in audio]
         states = self.speech_encoder(mel, lengths, max(n_real))  # (B, n, Da)
         speech = self.projector(states).to(self.llm.lm_head.weight.dtype)  # (B, n, D)
-        of_clip = {id(c): row[:n] for c, row, n in zip(clips, speech, n_real, strict=True)}
-        return [of_clip[id(clip)] for clip in audio]
+        return [embeddings[:n] for embeddings, n in zip(speech, n_real, strict=True)]
 
     def splice(self, ids: Tensor, speech: Tensor, audio_index: int) -> Tensor:
         """Embeddings of ids (T,), with speech (S, D) in place of the id at audio_index. -> (P, D)
@@ -299,8 +294,11 @@ class LLaST(nn.Module):
         config = asdict(self.config)
         for base in BASE_FIELDS:  # relative paths: all folders can be moved together
             config[base] = os.path.relpath(Path(config[base]).resolve(), folder.resolve())
-        versions = {"llast": FORMAT, "torch": torch.__version__}
-        description = {"config": config, "fingerprints": self.fingerprints, "versions": versions}
+        description = {
+            "config": config,
+            "fingerprints": self.fingerprints,
+            "versions": {"llast": FORMAT, "torch": torch.__version__},
+        }
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.trained().items()}
         digests = digests_of(description, tensors)
         save_file(tensors, folder / "llast.safetensors.tmp", digests)  # as metadata of the file

@@ -118,7 +118,6 @@ class Preset:
 # 1. Batch: 16 rows of any length in the original, a limit of about as many positions here.
 # 2. Schedule: cosine in the original, linear in the paper and here. --schedule cosine changes it.
 # 3. Frozen LLM: 4 bits in the original, bfloat16 (GPU) or float32 (CPU) here.
-# And both examples of a clip are in one batch here (data.Batches.groups).
 PAPER = dict(
     encoder=WEIGHTS / "whisper-large-v2", data=HERE / "corpus", lang="paper", window="30s",
     encoder_rank=128, llm_rank=512, dropout=0.05, asr=1.0, lr=2e-4, schedule="linear", warmup=0.03,
@@ -130,7 +129,7 @@ PRESETS = {
         encoder=TINY / "whisper", llm=TINY / "llama", data=TINY / "corpus", lang="fr",
         template="llama2", window="clip", encoder_rank=16, llm_rank=16, dropout=0.0, asr=1.0,
         lr=1e-3, schedule="linear", warmup=0.05, batch=1100, accumulate=1, recompute="none",
-        epochs=3, beams=5, alpha_per_rank=1.0,
+        epochs=2, beams=5, alpha_per_rank=1.0,
     ),
     # The smallest pair of public models, for a CPU or any GPU. The projector starts at random and
     # must learn where the words of the LLM are, so it needs a high learning rate and several

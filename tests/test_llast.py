@@ -107,24 +107,6 @@ def test_a_clip_of_10_ms_is_one_position(bases):
     assert losses(model, [(hum(0.01), *ROWS[0][1:])]).isfinite().all()
 
 
-@torch.no_grad()
-def test_a_waveform_of_two_tasks_is_encoded_once(bases, monkeypatch):
-    model = trained_model(bases)
-    first, second = hum(0.3), hum(0.5)
-    alone = [model.encode_speech([clip])[0] for clip in (first, second)]
-    encoder, batches = model.speech_encoder.forward, []
-
-    def watched(mel, *others):
-        batches.append(len(mel))
-        return encoder(mel, *others)
-
-    monkeypatch.setattr(model.speech_encoder, "forward", watched)
-    speech = model.encode_speech([first, second, first, second])
-    assert batches == [2]
-    for row, expected in zip(speech, alone * 2, strict=True):
-        torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-5)
-
-
 # ----------------------------------------------------------------------------------------- the loss
 
 

@@ -42,7 +42,7 @@ RUNS = {
     "none": "--lang fr --encoder-rank 0 --llm-rank 0",
     "s-lora": "--lang fr --llm-rank 0",
     "l-lora": "--lang fr --encoder-rank 0",
-    "asr-0": "--lang fr --asr 0 --epochs 6",
+    "asr-0": "--lang fr --asr 0 --epochs 4",
     "three-languages": "--lang fr,de,es",
 }
 SEEDS_OF = {}  # runs that have other seeds than SEEDS
