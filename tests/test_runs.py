@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import toys
-from data import read_table
+from data import Batches, read_corpus, read_table
+from llama import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 CORPUS = ROOT / "tiny" / "corpus"
@@ -50,6 +51,18 @@ def write_line(runs, name="toy", seed=0, **changes):
 def test_every_run_has_valid_options_and_no_two_runs_are_the_same(runs):
     settings = [json.dumps(runs.settings_of(name), sort_keys=True) for name in runs.RUNS]
     assert len(set(settings)) == len(settings)
+
+
+def test_the_run_without_transcription_has_as_many_steps_as_the_preset(runs):
+    def n_steps(name: str) -> int:
+        settings = runs.settings_of(name)
+        rows = read_corpus(CORPUS, "fr", "en")[0]["train"]
+        tokenizer = Tokenizer(ROOT / "tiny" / "llama")
+        form = settings["template"], settings["batch"]
+        batches = Batches(rows, settings["asr"], tokenizer, *form, seed=0)
+        return sum(len(batches.groups(epoch)) for epoch in range(settings["epochs"]))
+
+    assert n_steps("asr-0") == pytest.approx(n_steps("dual"), rel=0.02)
 
 
 def test_a_finished_run_is_one_line_with_its_settings_and_scores(runs, tmp_path):
