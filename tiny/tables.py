@@ -15,6 +15,7 @@ TINY = Path(__file__).resolve().parent
 README = TINY / "README.md"
 MEASURED = TINY / "results.json"  # written by measure.py
 ATTENTION = TINY / "attention.json"  # written by attention.py
+TRIALS = TINY / "trials.json"  # written by hand from the output of train.py
 RUNS = TINY.parent / "notebooks" / "experiments" / "results.jsonl"  # written by runs.py
 
 EXPERIMENTS = {  # name in results.jsonl: words in the table
@@ -129,6 +130,18 @@ def scores_table() -> str:
     return table([*columns, "area, all test clips", "area, right translations"], rows)
 
 
+def trials_table() -> str:
+    rows = []
+    for trial in json.loads(TRIALS.read_text()):
+        scores = [trial[name] for name in ("noise", "telephone", "voices", "test")]
+        dev = ", ".join(f"{score:.1f}" for score in trial["dev"] or ()) or "-"
+        scores = ["-" if score is None else f"{score:.1f}" for score in scores]
+        options = f"`{trial['options']}`" if trial["options"] else "-"
+        rows.append([trial["clips"], options, trial["device"], dev, *scores])
+    columns = ["training clips", "options", "device", "dev", "dev, noise", "dev, telephone"]
+    return table([*columns, "dev, other voices", "test"], rows)
+
+
 def attention_table() -> str:
     results = json.loads(ATTENTION.read_text())
     rows = [
@@ -146,6 +159,7 @@ TABLES = {
     "parts": parts_table,
     "scores": scores_table,
     "attention": attention_table,
+    "trials": trials_table,
 }
 
 
