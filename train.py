@@ -789,13 +789,15 @@ def run(args: argparse.Namespace) -> int:
             for path, reason in (batches.skipped | dev.skipped).items():
                 print(f"left out, because it cannot be read: {path}: {reason}")
             finish(model, splits, settings, out, start_time)
-        except ValueError as error:
-            raise ValueError(f"{error}\n{saved_in(out)}") from error
-        except KeyboardInterrupt as error:
-            if state.step:
-                report.save()  # also the model, so that it can be used
-            gather(None)  # torchrun ends all ranks when one has ended, so wait for rank 0
-            raise KeyboardInterrupt(saved_in(out)) from error
+        except BaseException as error:
+            if STOP.received:
+                if state.step:
+                    report.save()  # also the model, so that it can be used
+                gather(None)  # torchrun ends all ranks when one has ended, so wait for rank 0
+                raise KeyboardInterrupt(saved_in(out)) from error
+            if isinstance(error, ValueError):
+                raise ValueError(f"{error}\n{saved_in(out)}") from error
+            raise
     return 0
 
 
@@ -1023,12 +1025,14 @@ def main() -> int:
     try:
         with join_ranks():
             return run(args)
-    except KeyboardInterrupt as stop:
-        number = STOP.received or signal.SIGINT
-        if rank() == 0:
-            print(f"\nstopped by {signal.Signals(number).name}. {stop}", file=sys.stderr)
-        return 128 + number
-    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
+    except BaseException as error:
+        if STOP.received:  # PyTorch can turn a KeyboardInterrupt into another error
+            if rank() == 0:
+                name = signal.Signals(STOP.received).name
+                print(f"\nstopped by {name}. {error}", file=sys.stderr)
+            return 128 + STOP.received
+        if not isinstance(error, (ValueError, OSError, SafetensorError, torch.OutOfMemoryError)):
+            raise
         tqdm.write(f"train.py: {error}", file=sys.stderr)  # a progress bar may be on this line
         return 2
 

@@ -546,12 +546,9 @@ def test_ctrl_c_leaves_a_model_that_works(corpus, tmp_path):
 def test_ctrl_c_before_the_first_step_leaves_no_model_and_the_run_can_start_again(
     monkeypatch, corpus, tmp_path, capsys
 ):
-    def stop(*_):
-        raise KeyboardInterrupt
-
     flags = flags_for(corpus, tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_epochs", stop)
+        patch.setattr(train, "train_epochs", send(signal.SIGINT))
         assert run(patch, *flags) == 130
     assert "stopped by SIGINT. No model is saved" in capsys.readouterr().err
     assert not (tmp_path / "run" / "llast.json").exists()
@@ -718,6 +715,30 @@ def test_a_signal_saves_the_state_and_the_model_at_any_place_row_12(
     assert LLaST.from_pretrained(out)
     assert run(monkeypatch, *command) == 0
     assert toys.run_results(out) == whole
+
+
+@pytest.mark.parametrize(("owner", "name"), [(LLaST, "fresh"), (LLaST, "forward")])
+def test_a_signal_that_another_library_turns_into_an_error_still_stops_the_run(
+    monkeypatch, command, tmp_path, whole, capsys, owner, name
+):
+    calls, function = [], getattr(owner, name)
+
+    def interrupt(*args):
+        calls.append(name)
+        if name == "forward" and len(calls) < 5:
+            return function(*args)
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise RuntimeError("no shape") from None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupt)
+        assert run(patch, *command) == 143
+    assert "stopped by SIGTERM" in capsys.readouterr().err
+    assert (tmp_path / "run" / train.STATE).exists() == (name == "forward")
+    assert run(monkeypatch, *command) == 0
+    assert toys.run_results(tmp_path / "run") == whole
 
 
 def test_a_signal_waits_for_the_end_of_a_save_and_a_second_one_does_not_row_13(
