@@ -676,8 +676,15 @@ def join_ranks():
         backend = "cpu:gloo,cuda:nccl"  # gloo sends numbers and texts, NCCL sends gradients
     dist.init_process_group(backend)
     nowhere = open(os.devnull, "w") if rank() else None
-    with redirect_stdout(nowhere or sys.stdout), redirect_stderr(nowhere or sys.stderr):
-        yield
+    try:
+        with redirect_stdout(nowhere or sys.stdout), redirect_stderr(nowhere or sys.stderr):
+            yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise  # not from the connection
+        problem = f"rank {rank()} has lost another rank, or waited too long for it"
+        advice = "see the message of that rank, then start the same command again"
+        raise ConnectionError(f"{problem}; {advice}") from error
     dist.destroy_process_group()
 
 
@@ -689,13 +696,8 @@ def my_share(items: list) -> list:
 def gather(value) -> list:
     """The values of all ranks, in the order of the ranks. All ranks must call this together."""
     values = [value] * n_ranks()
-    try:
-        if n_ranks() > 1:
-            dist.all_gather_object(values, value)
-    except RuntimeError as error:
-        problem = f"rank {rank()} has lost another rank, or waited 30 minutes for it"
-        advice = "see the message of that rank, then start the same command again"
-        raise ConnectionError(f"{problem}; {advice}") from error
+    if n_ranks() > 1:
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -928,10 +930,8 @@ class Report:
         self.bar = tqdm(initial=state.step, unit="step", leave=False, disable=None)
 
     def after_step(self, step: Step):
-        loss, now = step.loss, time.perf_counter()
-        paths = [str(example.row.path) for batch in step.batches for example in batch.examples]
-        paths = sum(gather(paths), [])
-        n_clips = len(paths)
+        paths = sum(gather([str(e.row.path) for batch in step.batches for e in batch.examples]), [])
+        loss, n_clips, now = step.loss, len(paths), time.perf_counter()
         rate, self.step_start = n_clips / (now - self.step_start), now
         self.bar.total = step.n_steps
         self.bar.update()
@@ -999,8 +999,7 @@ def finish(model: LLaST, splits: dict, settings: Preset, out: Path, start_time: 
         dev = by_direction(splits["dev"]).values()
         lowest = min(score_rows(model, rows, **options)["low_score"] for rows in dev)
         model.config = replace(model.config, max_loss=-lowest)
-        if rank() == 0:
-            model.save_pretrained(out)
+        on_rank_0(model.save_pretrained)(out)
         for direction, group in by_direction(splits["test"]).items():
             tsv = out / f"test.{direction}.tsv" if rank() == 0 else None
             results[direction] = score_rows(model, group, tsv, progress=True, **options)

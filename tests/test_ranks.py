@@ -191,7 +191,7 @@ def test_only_rank_0_prints(runs):
 def test_a_rank_that_dies_ends_the_run_with_a_message_row_15(runs):
     folder, done = runs
     for output in done["three ranks"][:2]:
-        assert "has lost another rank, or waited 30 minutes for it" in output.splitlines()[-1]
+        assert "has lost another rank, or waited too long for it" in output.splitlines()[-1]
     assert not (folder / "three_died" / "results.json").exists()
 
 
