@@ -189,5 +189,7 @@ def test_a_claim_is_seen_only_if_the_seeds_do_not_overlap(
 def test_a_table_is_written_between_its_marks(tables, monkeypatch):
     monkeypatch.setattr(tables, "TABLES", {"a": lambda: tables.table(["x", "y"], [[1, 2]])})
     text = "before\n<!-- a -->\nold\n<!-- end -->\n<!-- b -->\nstays\n<!-- end -->\n"
+    empty = text.replace("old\n", "")
     new = "before\n<!-- a -->\n| x | y |\n| --- | --- |\n| 1 | 2 |\n<!-- end -->\n"
-    assert tables.write_tables(text) == new + "<!-- b -->\nstays\n<!-- end -->\n"
+    for old in (text, empty):
+        assert tables.write_tables(old) == new + "<!-- b -->\nstays\n<!-- end -->\n"

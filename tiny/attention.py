@@ -17,7 +17,6 @@ from word to word, whatever the words are, gives the opposite sign.
 
 import argparse
 import ctypes
-import hashlib
 import json
 import random
 import sys
@@ -28,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from measure import digest_of_weights
 from speak import ACCENTS, VOICES
 
 TINY = Path(__file__).resolve().parent
@@ -242,7 +242,7 @@ def main():
     test = correlations(model, rows["test"], times["test"])
     control = correlations(model, rows["test"], times["test"], order=-1)
     results = {
-        "weights": hashlib.sha256((folder / "llast.safetensors").read_bytes()).hexdigest(),
+        "weights": digest_of_weights(folder),
         "layer": layer + 1,
         "head": head + 1,
         "dev_means": [[round(value, 3) for value in line] for line in dev.mean(0).tolist()],

@@ -12,7 +12,6 @@ tiny/tables.py writes the results into tiny/README.md. The measurements:
 """
 
 import argparse
-import hashlib
 import json
 import shutil
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import soundfile
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from speak import VOICES, speak, write_opus
@@ -235,6 +235,12 @@ def measure_scores(model: LLaST, rows: list[Row], outside: list[Row]) -> dict[st
     return {"max_loss": model.config.max_loss, "groups": summary}
 
 
+def digest_of_weights(model: Path) -> str:
+    """The SHA-256 of the trained tensors, which llast.py stores with them."""
+    with safe_open(model / "llast.safetensors", "pt") as file:
+        return file.metadata()["llast.safetensors"]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--speak", action="store_true", help="make the clips in voices/ and stop")
@@ -246,7 +252,7 @@ def main():
         return
     device, dtype, _ = pick_device()
     model = LLaST.from_pretrained(args.model, device=device, dtype=dtype)
-    weights = hashlib.sha256((args.model / "llast.safetensors").read_bytes()).hexdigest()
+    weights = digest_of_weights(args.model)
     rows, voices = read_test_rows(), read_voices()
     measures = {  # the LoRAs are merged after the first, because merged weights are faster
         "parts": lambda: measure_parts(model, rows[:N_PARTS]),

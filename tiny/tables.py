@@ -106,6 +106,11 @@ def claims_table() -> str:
     return table(["claim", "BLEU, difference of the means", "dev loss", "in three seeds"], rows)
 
 
+def model_line() -> str:
+    weights = json.loads(MEASURED.read_text())["weights"]
+    return f"SHA-256 of the trained tensors of the measured model: `{weights}`"
+
+
 def sound_table() -> str:
     sound = json.loads(MEASURED.read_text())["sound"]
     names = {name: SOUND.get(name, f"other clips, voice `{name}`") for name in sound}
@@ -155,6 +160,7 @@ def attention_table() -> str:
 TABLES = {
     "experiments": experiments_table,
     "claims": claims_table,
+    "model": model_line,
     "sound": sound_table,
     "parts": parts_table,
     "scores": scores_table,
@@ -167,8 +173,8 @@ def write_tables(text: str) -> str:
     """Replace each table that the text has a place for."""
     for name, make in TABLES.items():
         if f"<!-- {name} -->" in text:
-            place = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
-            text = re.sub(place, lambda m, make=make: m[1] + make() + m[2], text, flags=re.S)
+            place = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+            text = re.sub(place, lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text, flags=re.S)
     return text
 
 
