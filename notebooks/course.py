@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "tiny"
 CORPUS = TINY / "corpus"
 
-# The colours of Okabe and Ito: colour-blind people can tell them apart.
+# The colours of Okabe and Ito: also colour-blind people see the difference.
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9",
 )  # fmt: skip

@@ -162,9 +162,9 @@ def frames_of(audio):
 # %% [markdown]
 # ## 1.3 Frequencies
 # A Fourier transform splits a frame into waves: how strong is the wave of 40 Hz, of 80
-# Hz, and so on? The *power* of a wave is the square of its strength. Before, we fade the
-# frame out at both ends (the Hann window). A frame that ends suddenly looks as if it had
-# waves that are not there.
+# Hz, and so on? The *power* of a wave is the square of its strength. Before the
+# transform, we fade the frame out at both ends (the Hann window). A frame that ends
+# suddenly looks as if it had waves that are not there.
 
 # %%
 hann = torch.hann_window(N_FFT)
@@ -191,8 +191,8 @@ plt.show()
 # frequencies louder than others.
 #
 # **Exercise 2 (5 minutes).** Four questions about range and resolution. Two of the
-# numbers stand above, two you compute. A wave needs at least two samples per period. A
-# wave fits a frame if it has a whole number of periods in it.
+# numbers are given above, two you compute. A wave needs at least two samples per period.
+# A wave fits a frame if it has a whole number of periods in it.
 
 # %% tags=["exercise"]
 # highest frequency (Hz), width of a bin (Hz), length and distance of frames (ms)
@@ -325,8 +325,8 @@ print(f"largest difference from mel_filters {(filters - mel_filters(80)).abs().m
 # We also hear ratios of loudness, not differences. Whisper's scale, for the whole clip:
 # 1. raise every value below `1e-10` to `1e-10` (the logarithm of 0 is minus infinity);
 # 2. take the logarithm with base 10;
-# 3. raise every value that is more than 8 below the **maximum of the clip** to maximum -
-#    8. A factor of 10 in power is 10 dB, so this is 80 dB;
+# 3. subtract 8 from the **maximum of the clip**: this is a limit. Raise every value below
+#    it to the limit. (A factor of 10 in power is 10 dB, so the limit is 80 dB lower.)
 # 4. add 4 and divide by 4.
 #
 # **Exercise 4.** Write it.
@@ -466,7 +466,7 @@ for _ in range(60):
 play(sound)
 
 # %% [markdown]
-# ## 1.8 Break it: samples that tell lies
+# ## 1.8 Break it: samples at the wrong rate
 # A file with 48,000 samples per second becomes 16,000 per second. Why not take every
 # third sample? Here is a tone that rises from 0 to 20 kHz. A tone above 8 kHz has less
 # than two samples per period at the new rate.
@@ -498,8 +498,8 @@ play(resampled)
 # The model would hear a tone that nobody made. `resample` first removes everything above
 # the new limit.
 #
-# A second lie: the samples are right, but the header of the file says 8,000 per second.
-# Listen, and predict what happens to the number of states.
+# A second mistake: the samples are right, but the header of the file says 8,000 per
+# second. Listen, and predict what happens to the number of states.
 
 # %%
 slow = resample(audio, 8_000, 16_000)  # what load_audio would do with this header
@@ -512,7 +512,7 @@ play(slow)
 # * A clip is 16,000 numbers per second. The log-mel has 80 numbers every 10 ms: the power
 #   in 80 frequency bins, as a logarithm. The encoder makes one state of two frames.
 # * Left out: phases, everything above 8 kHz, and the fine structure of high frequencies.
-#   Kept: what people use to tell speech sounds apart.
+#   Kept: what makes speech sounds different for people.
 # * A wrong sample rate or a careless change of it gives no error. It gives another sound.
 #
 # **Read next:** `resample` and `log_mel_spectrogram` in `whisper_encoder.py`.

@@ -428,23 +428,23 @@ both = pad_sequence([short_mel.T, long_mel.T], batch_first=True).transpose(
     1, 2
 )  # (2, M, 2S)
 lengths = torch.tensor([m.shape[1] // 2 for m in (short_mel, long_mel)])
-alone = encoder(short_mel[None])[0]
-with_mask = encode(both, mask_of(lengths, both.shape[2] // 2))[0, : len(alone)]
-library = encoder(both, lengths)[0, : len(alone)]
-print(f"alone and in the batch: largest difference {(with_mask - alone).abs().max():.1e}")
-print(f"the library's own batch: largest difference {(library - alone).abs().max():.1e}")
+single = encoder(short_mel[None])[0]
+with_mask = encode(both, mask_of(lengths, both.shape[2] // 2))[0, : len(single)]
+library = encoder(both, lengths)[0, : len(single)]
+print(f"single clip and batch: largest difference {(with_mask - single).abs().max():.1e}")
+print(f"the library's own batch: largest difference {(library - single).abs().max():.1e}")
 
 # %% [markdown]
 # ## 2.8 Break it: forget the mask
 # The program runs, and no number is NaN. How wrong are the states?
 
 # %%
-without_mask = encode(both, None)[0, : len(alone)]
+without_mask = encode(both, None)[0, : len(single)]
 noisy = both.clone()
 noisy[0, :, short_mel.shape[1] :] = -1  # what a quiet place looks like in log-mel, not zero
-with_wrong_padding = encode(noisy, mask_of(lengths, both.shape[2] // 2))[0, : len(alone)]
+with_wrong_padding = encode(noisy, mask_of(lengths, both.shape[2] // 2))[0, : len(single)]
 for name, wrong in (("no mask", without_mask), ("padding not zero", with_wrong_padding)):
-    difference = (wrong - alone).norm(dim=1) / alone.norm(dim=1)
+    difference = (wrong - single).norm(dim=1) / single.norm(dim=1)
     print(f"{name}: mean change {difference.mean():.0%}, last state {difference[-1]:.0%}")
 
 # %% [markdown]

@@ -404,10 +404,11 @@ def draw_words_and_time(audio, title):
 draw_words_and_time(audio, row.sentence)
 
 # %% [markdown]
-# In both pictures, many words have a bright place at the time when they are spoken. (The
-# rest of the attention is on the prompt and on the English words before.) Words without a
-# bright place in the lower picture, such as `at` and `past`, follow from the words before
-# them: the model does not need their sound.
+# The middle picture shows the first two layers, where the times can be seen best in this
+# model. In both pictures, many words have a bright place at the time when they are
+# spoken. (The rest of the attention is on the prompt and on the English words before.)
+# Words without a bright place in the lower picture, such as `at` and `past`, follow from
+# the words before them: the model does not need their sound.
 #
 # **Predict, then run.** The LLM gets only the first 0.4 s of the speech embeddings. Does
 # it stop in the middle of the sentence?
@@ -456,24 +457,28 @@ for name, variant in variants.items():
     print(f"{score(texts, references)['bleu']:5.1f}  {name}: {texts[0]}")
 
 # %% [markdown]
+# The model learned one place for the speech. It was trained only on French, so it never
+# had to read the name of the language. And it does transcribe if you ask: the output is
+# French, so BLEU against the English references is low, as it must be.
+#
 # ## 4.7 Your own voice
 # This model knows only the sentences of a phrasebook. `python tiny/phrasebook.py` prints
 # ten of them. Say one in French, record it with a phone or a computer, and put the file
 # next to this notebook (in JupyterLab: drag it into the list of files on the left). Then
-# change `MY_CLIP`.
+# change `MY_CLIP`. First convert a phone's m4a or webm file, in a terminal: `ffmpeg -i
+# my_voice.m4a my_voice.flac`
 #
-# The model was trained on computer voices only. Do not expect that it understands you as
-# well. The score is the mean log-probability of a token: 0 is the best. The program marks
-# an answer as unlikely if its score is lower than nearly all scores of known sentences.
+# The projector and both LoRAs were trained on computer voices only. Do not expect that
+# the model understands you as well. The score is the mean log-probability of a token: 0
+# is the best. The program marks an answer as unlikely if its score is lower than nearly
+# all scores of known sentences.
 
 # %%
 MY_CLIP = Path("my_voice.wav")
 clip = MY_CLIP if MY_CLIP.exists() else rows[12].path
 if clip != MY_CLIP:
-    print(f"There is no {MY_CLIP} here. A clip of the corpus instead: {rows[12].sentence}")
-my_audio = load_audio(
-    clip
-)  # for a phone's m4a or webm, the error has a command to convert it
+    print(f"{MY_CLIP} does not exist. A clip of the corpus instead: {rows[12].sentence}")
+my_audio = load_audio(clip)  # 16 kHz, one channel
 [result] = translate(model, [my_audio])
 print(f"{result.text}   score {result.score:.2f}{', unlikely' * result.unlikely}")
 draw_words_and_time(my_audio, f"{clip.name}: {result.text}")
@@ -485,7 +490,7 @@ play(my_audio)
 # ## Recap
 # * The speech takes the place of one mark in the prompt: P = S + T - 1 positions.
 # * Every position predicts the next token; only answer tokens have a loss. The answer in
-#   the input is no cheating, because no position sees a later one.
+#   the input is not cheating, because no position sees a later one.
 # * Speech embeddings keep their time. Attention and silence both find the sound of a
 #   word.
 #
