@@ -146,6 +146,19 @@ def test_a_solved_notebook_is_small_and_names_no_folder_of_its_author(source):
     assert not re.search(r"/(home|root|Users|tmp)/", printed)
 
 
+def test_the_page_for_teachers_links_to_every_notebook():
+    page = (NOTEBOOKS / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| \[\d\d\]\((.+?)\.ipynb\)", page, re.M) == [s.stem for s in SOURCES]
+
+
+def test_all_notebooks_together_are_at_most_3_megabytes_and_have_at_least_16_figures():
+    files = [*NOTEBOOKS.glob("*.ipynb"), *(NOTEBOOKS / "solved").glob("*.ipynb")]
+    assert len(files) == 2 * len(SOURCES)
+    assert sum(file.stat().st_size for file in files) <= 3_000_000
+    outputs = [output for source in SOURCES for output in outputs_of(source)]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 16
+
+
 # ---------------------------------------------------------------------------------------- the tools
 
 
