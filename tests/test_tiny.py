@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import toys
 import translate
 from data import read_table
+from whisper_encoder import WhisperEncoder
 
 ROOT = Path(__file__).parents[1]
 CORPUS = ROOT / "tiny" / "corpus"
@@ -54,6 +55,17 @@ def by_split(column: str, languages) -> dict[str, set[str]]:
 def test_the_included_encoder_is_the_published_one():
     stored = hashlib.sha256((ROOT / "tiny" / "whisper" / "model.safetensors").read_bytes())
     assert stored.hexdigest() == sha256_in_readme("`whisper/model.safetensors`")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_encoder_is_stored_in_float16_and_loaded_in_the_precision_of_the_device(dtype):
+    folder = ROOT / "tiny" / "whisper"
+    stored = load_file(folder / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    loaded = WhisperEncoder.from_pretrained(folder, dtype).state_dict()
+    assert {tensor.dtype for tensor in loaded.values()} == {dtype}
+    for name, tensor in loaded.items():
+        assert tensor.equal(stored[f"model.encoder.{name}"].to(dtype)), name
 
 
 def test_take_encoder_keeps_every_tensor_of_the_encoder_and_nothing_else(tmp_path, monkeypatch):
