@@ -383,8 +383,8 @@ class TrainState:
         other = [k for k, v in run.items() if saved.get(k) != v and k not in NOT_COMPARED]
         if other:
             text = ", ".join(f"{k} {run[k]!s:.12} instead of {saved.get(k)!s:.12}" for k in other)
-            advice = "use the old settings, or choose another folder with --out"
-            raise ValueError(f"{file.parent} has a stopped run, but now it is {text}; {advice}")
+            advice = "use its settings to continue it, or choose another folder with --out"
+            raise ValueError(f"{file.parent} has a stopped run. Now you ask for {text}; {advice}")
         check_tensors(self.tensors, tensors, file)
         for name, tensor in self.tensors.items():
             tensor.copy_(tensors[name])
