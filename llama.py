@@ -181,20 +181,18 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
-def rotary_angles(positions: Tensor, Dh: int, theta: float, config=None) -> tuple[Tensor, Tensor]:
+def rotary_angles(positions: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the angle of each dimension, in float32. (B, T) -> two of (B, 1, T, Dh)
 
     Attention itself does not know the order of the tokens. Rotary positions add it: each pair of
     dimensions of a query or key is rotated by an angle that is proportional to its position. So the
     score of a query and a key depends only on the distance between their positions, and on their
     content. A pair (a, b) becomes (a cos - b sin, b cos + a sin). The returned sine is negative in
-    the first half of the dimensions, because a gets -b sin. `config` is needed only for Llama 3.1
-    and later, see scale_frequency.
+    the first half of the dimensions, because a gets -b sin.
     """
     # The angle from one position to the next. Early pairs rotate fast, late pairs slowly.
-    frequency = theta ** (-torch.arange(0, Dh, 2, device=positions.device).float() / Dh)
-    if config is not None:
-        frequency = scale_frequency(frequency, config)
+    pair = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim  # (Dh/2,)
+    frequency = scale_frequency(config.rope_theta**-pair, config)  # (Dh/2,)
     angle = positions[:, None, :, None] * frequency  # (B, 1, T, Dh/2)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)  # (B, 1, T, Dh)
@@ -252,6 +250,9 @@ class Attention(nn.Module):
             keys, values, n = past
             keys[:, :, n : n + T], values[:, :, n : n + T] = present
             k, v = keys[:, :, : n + T], values[:, :, : n + T]
+        if past is None and x.device.type == "cpu":
+            # On a CPU, the backward pass of attention is much slower in bfloat16 than in float32.
+            q, k, v = q.float(), k.float(), v.float()
         if can_attend is not None:
             # On a GPU, PyTorch has fast attention kernels. FlashAttention does not support a mask,
             # and the memory-efficient kernel does not support enable_gqa. With both, PyTorch uses a
@@ -262,7 +263,7 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=can_attend, is_causal=past is None, enable_gqa=can_attend is None
         )
-        y = y.reshape(B, -1, T, self.Dh)  # (B, H, T, Dh)
+        y = y.reshape(B, -1, T, self.Dh).to(x.dtype)  # (B, H, T, Dh)
         y = y.transpose(1, 2).reshape(B, T, -1)
         return self.o_proj(y), present
 
@@ -389,8 +390,7 @@ class Llama(nn.Module):
             # One copy of the mask for each of the G heads, in the order of q in Attention.forward.
             can_attend = can_attend[:, None].repeat(1, 1, G, 1)  # (B, 1, G*T, L)
             can_attend = as_bias(can_attend, x.dtype)  # (B, 1, G*T, L)
-        Dh, theta = self.config.head_dim, self.config.rope_theta
-        cos, sin = rotary_angles(positions, Dh, theta, self.config)
+        cos, sin = rotary_angles(positions, self.config)
 
         if cache is not None:
             cache.reserve(T)

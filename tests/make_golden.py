@@ -28,6 +28,18 @@ LLAMAS = {
     "tied": SMALL | dict(tie_word_embeddings=True),
     "wide heads": SMALL | dict(head_dim=10),
     "slow rotation": SMALL | dict(rope_theta=500_000.0),
+    "scaled rotation": SMALL
+    | dict(
+        tie_word_embeddings=True,
+        head_dim=10,
+        rope_scaling=dict(
+            rope_type="llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        ),
+    ),
     "loose norm": SMALL | dict(rms_norm_eps=0.1),
 }
 FRAMES = np.r_[0:4, 4:500:25, 496:506, 2996:3000]  # both edges of the clip, of the window, and some

@@ -2,8 +2,10 @@
 
 import json
 import math
+import random
 import re
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import llama as llama_file
 import make_golden
-from llama import Llama, LlamaConfig, RMSNorm, Tokenizer, rotary_angles, rotate
+from llama import Llama, LlamaConfig, RMSNorm, Tokenizer, rotary_angles, rotate, tokenizer_files
 from make_golden import GOLDEN, LLAMAS, SMALL
-from toys import FAULTS, INTEGERS, LLAMA, llama_folder, made_up, peak_memory, shard
+from toys import FAULTS, INTEGERS, LLAMA, TINY, llama_folder, made_up, peak_memory, shard
+from train import WEIGHTS
+from translate import SearchOptions, beam_search
 
 TOY = LlamaConfig(**{name: (LLAMA | SMALL)[name] for name in LlamaConfig.__dataclass_fields__})
 
@@ -82,7 +87,7 @@ def test_attention_is_the_textbook_attention_with_repeated_keys(tmp_path, n_kv):
     attention = Llama.from_pretrained(folder).requires_grad_(False).model.layers[0].self_attn
     B, T, Dh = 2, 5, LLAMA["head_dim"]
     x = made_up("x", (B, T, LLAMA["hidden_size"]), 1.0)
-    cos, sin = rotary_angles(torch.arange(T)[None], Dh, LLAMA["rope_theta"])
+    cos, sin = rotary_angles(torch.arange(T)[None], TOY)
 
     q, k, v = (
         proj(x).unflatten(-1, (-1, Dh)).transpose(1, 2)
@@ -98,7 +103,7 @@ def test_attention_is_the_textbook_attention_with_repeated_keys(tmp_path, n_kv):
 def test_a_rotation_is_a_complex_product_of_dimension_i_and_i_plus_half():
     x = made_up("x", (1, 1, 4, 6), 1.0)
     position = torch.tensor([[0, 1, 5, 900]])
-    ours = rotate(x, *rotary_angles(position, 6, 10_000.0))
+    ours = rotate(x, *rotary_angles(position, TOY))
 
     turn = torch.tensor([10_000.0 ** (-i / 3) for i in range(3)])
     angle = position[0][:, None] * turn  # (T, Dh/2)
@@ -591,6 +596,302 @@ def test_a_tokenizer_in_the_other_format_of_llama_3_is_an_error_that_names_the_r
     (folder / "tokenizer.model").write_text("IQ== 0\nIg== 1\nIw== 2\n")
     with pytest.raises(ValueError, match="Llama 3; remove it, and download tokenizer.json"):
         Tokenizer(folder)
+
+
+# ---------------------------------------------------------------------------------- byte-level BPE
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+SPLITS = {  # name: the steps of "pre_tokenizer", ignore_merges
+    "SmolLM2": (
+        [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL | {"use_regex": True}], False,
+    ),
+    "Llama 3": (
+        [{"type": "Split", "pattern": {"Regex": llama_file.LLAMA3}, "behavior": "Isolated",
+          "invert": False}, BYTE_LEVEL | {"use_regex": False}], True,
+    ),
+}  # fmt: skip
+MERGES = [("l", "l"), ("Ġ", "ll"), ("a", "b"), ("b", "c"), ("ab", "c"), ("Ã", "¹"), ("Ġ", "Ġ")]
+TEXTS = (
+    "Où 12 ans ?", "Là-bas,  345 élèves!\n\n", "it's IT'S we'll WE'LL '\u017f", "e\u0301 \u00e9",
+    "", "日本語、テキスト。", "Привет, мир", "مرحبا 123 בוקר", "தமிழ் ไทย", "🙂👩\u200d👧 a",
+    "\t\r\n x\r\n", " a  b   c ", "\u00a0\u2003\u3000x", "\x1c\x1d\x85\u200b", "²½Ⅷ٣४",
+    "</s><|im_end|><|endoftext|>", "x" * 300,
+)  # fmt: skip
+
+
+def bpe_json(split: str, **changes) -> dict:
+    """The content of a tokenizer.json with all bytes, a few merges and two special tokens."""
+    steps, ignore_merges = SPLITS[split]
+    pieces = ["<|begin|>", "<|im_end|>", *llama_file.BYTE_CHARACTERS]
+    pieces += [a + b for a, b in MERGES] + ["Ġxyz"]
+    special = [{"id": i, "content": pieces[i], "special": True} for i in (0, 1)]
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "ignore_merges": ignore_merges}
+    model |= {"vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": MERGES}
+    raw = {"normalizer": None, "added_tokens": special, "decoder": BYTE_LEVEL | {"use_regex": True}}
+    raw |= {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "model": model}
+    model |= {name: value for name, value in changes.items() if name not in raw}
+    return raw | {name: value for name, value in changes.items() if name in raw}
+
+
+def bpe_folder(folder, split="SmolLM2", **changes):
+    llama_folder(folder, **SMALL, bos_token_id=0, eos_token_id=1)
+    (folder / "tokenizer.model").unlink()
+    (folder / "tokenizer.json").write_text(json.dumps(bpe_json(split, **changes)))
+    return folder
+
+
+def words_of(text: str, split: str) -> list[str]:
+    words = [text]
+    for pattern in dict(zip(SPLITS, ([llama_file.DIGITS, llama_file.GPT2], [llama_file.LLAMA3])))[
+        split
+    ]:
+        words = [w for part in words for w in llama_file.compile_pattern(pattern).findall(part)]
+    return words
+
+
+@pytest.mark.parametrize(
+    ("split", "text", "words"),
+    (
+        ("SmolLM2", "Où 1234 ?", ["Où", " ", "1", "2", "3", "4", " ?"]),
+        ("Llama 3", "Où 1234 ?", ["Où", " ", "123", "4", " ?"]),
+        ("SmolLM2", "it's  IT'S", ["it", "'s", " ", " IT", "'", "S"]),
+        ("Llama 3", "it's  IT'S", ["it", "'s", " ", " IT", "'S"]),
+        ("SmolLM2", "a\n\nb", ["a", "\n", "\n", "b"]),
+        ("Llama 3", "a\n\nb", ["a", "\n\n", "b"]),
+        ("SmolLM2", "a\x1cb", ["a", "\x1c", "b"]),  # re calls this white space, Unicode does not
+    ),
+)
+def test_a_text_is_split_into_words(split, text, words):
+    assert words_of(text, split) == words
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_words_of_a_text_are_the_whole_text(split):
+    for text in TEXTS:
+        assert "".join(words_of(text, split)) == text
+
+
+def test_every_byte_has_its_own_printable_character():
+    assert len(set(llama_file.BYTE_CHARACTERS)) == 256
+    assert all(c.isprintable() and c != " " for c in llama_file.BYTE_CHARACTERS)
+    assert llama_file.BYTE_CHARACTERS[ord("a")] == "a" and llama_file.BYTE_CHARACTERS[32] == "Ġ"
+
+
+@pytest.mark.parametrize(
+    ("word", "pieces"),
+    (
+        (" lll", ["Ġll", "l"]),  # of two places for the merge l + l, the left one
+        ("abc", ["abc"]),
+        ("bcab", ["bc", "ab"]),
+        ("aabcc", ["a", "abc", "c"]),  # a + b has a lower rank than b + c
+        ("ù", ["Ã¹"]),
+        (" xyz", ["Ġ", "x", "y", "z"]),
+    ),
+)
+def test_the_merge_with_the_lowest_rank_is_applied_first(tmp_path, word, pieces):
+    tokenizer = Tokenizer(bpe_folder(tmp_path / "llama"))
+    assert tokenizer.pieces.split_word(word) == pieces
+
+
+def test_with_ignore_merges_a_word_of_the_vocabulary_is_one_piece(tmp_path):
+    tokenizer = Tokenizer(bpe_folder(tmp_path / "llama", "Llama 3"))
+    assert tokenizer.pieces.split_word(" xyz") == ["Ġxyz"]
+    assert tokenizer.pieces.split_word(" xyzz") == ["Ġ", "x", "y", "z", "z"]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_decoding_without_strip_gives_the_text_back(tmp_path, split):
+    tokenizer = Tokenizer(bpe_folder(tmp_path / "llama", split))
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert tokenizer.pieces.decode(ids) == text
+        assert tokenizer.decode(ids) == text.strip()
+        assert not {0, 1} & set(ids)  # a special token in a text is text
+
+
+def test_ids_that_are_not_text_are_left_out_and_broken_characters_are_marked(tmp_path):
+    tokenizer = Tokenizer(bpe_folder(tmp_path / "llama"))
+    first, second = tokenizer.pieces.split_word("ab")[0], tokenizer.encode("é")
+    assert first == "ab"
+    assert tokenizer.decode([0, *second, 1, 9999]) == "é"
+    assert tokenizer.decode(second[:1] + tokenizer.encode("a")) == "\ufffda"
+
+
+def test_a_byte_without_a_piece_is_left_out(tmp_path):
+    raw = bpe_json("SmolLM2")
+    raw["model"]["vocab"].pop("Ą")  # byte 4
+    (bpe_folder(tmp_path / "llama") / "tokenizer.json").write_text(json.dumps(raw))
+    tokenizer = Tokenizer(tmp_path / "llama")
+    assert tokenizer.decode(tokenizer.encode("a\x04b")) == "ab"
+
+
+def test_merges_of_old_and_new_files_give_the_same_ids(tmp_path):
+    old = Tokenizer(bpe_folder(tmp_path / "old", merges=[f"{a} {b}" for a, b in MERGES]))
+    new = Tokenizer(bpe_folder(tmp_path / "new"))
+    assert [old.encode(text) for text in TEXTS] == [new.encode(text) for text in TEXTS]
+
+
+def test_end_tokens_are_those_of_both_files(tmp_path):
+    folder = bpe_folder(tmp_path / "llama")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 0], "bos_token_id": null}')
+    tokenizer = Tokenizer(folder)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_ids) == (0, 1, [1, 0])
+    assert tokenizer.special_id("<|im_end|>") == 1
+    with pytest.raises(ValueError, match=r"no <\|eot_id\|> token; choose another template"):
+        tokenizer.special_id("<|eot_id|>")
+
+
+def test_with_both_tokenizers_in_a_folder_tokenizer_model_is_read(tmp_path):
+    folder = bpe_folder(tmp_path / "llama")
+    assert Tokenizer(folder).file == folder / "tokenizer.json"
+    shutil.copy(TINY / "llama" / "tokenizer.model", folder)
+    assert Tokenizer(folder).file == folder / "tokenizer.model"
+    assert [file.name for file in tokenizer_files(folder)][0] == "tokenizer.model"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    (
+        ({"type": "Unigram"}, "'type': 'Unigram'"),
+        ({"type": "WordPiece"}, "'type': 'WordPiece'"),
+        ({"byte_fallback": True, "unk_token": "<unk>"}, "'byte_fallback': True"),
+        ({"dropout": 0.1}, "'dropout': 0.1"),
+        ({"normalizer": {"type": "NFC"}}, "'normalizer': {'type': 'NFC'}"),
+        ({"decoder": None}, "'decoder': None"),
+        ({"pre_tokenizer": None}, "pre_tokenizer is not supported: None"),
+        ({"pre_tokenizer": {"type": "Metaspace"}}, "pre_tokenizer is not supported: .*Metaspace"),
+        ({"merges": [["a", "q"]]}, r"the merge \('a', 'q'\) has a piece that is not in"),
+        ({"merges": ["a b c"]}, "too many values"),
+        ({"vocab": {"a b": 1}}, "the piece 'a b' does not consist of bytes"),
+        ({"vocab": []}, "has no attribute 'items'"),
+        ({"added_tokens": [{"id": 3}]}, "content"),
+        ({"model": None}, "has no attribute 'items'"),
+    ),
+)
+def test_a_tokenizer_json_of_another_kind_is_an_error_that_names_it(tmp_path, changes, message):
+    folder = bpe_folder(tmp_path / "llama", **changes)
+    with pytest.raises(
+        ValueError, match=f"tokenizer.json cannot be read as byte.*{message}.*; copy"
+    ):
+        Tokenizer(folder)
+
+
+@pytest.mark.parametrize("value", (-1, "2", 2.5, None))
+def test_ids_in_tokenizer_json_are_integers_from_0(tmp_path, value):
+    folder = bpe_folder(
+        tmp_path / "llama", vocab=bpe_json("SmolLM2")["model"]["vocab"] | {"a": value}
+    )
+    with pytest.raises(ValueError, match="ids of all tokens must be integers >= 0, found"):
+        Tokenizer(folder)
+
+
+# ------------------------------------------------------ byte-level BPE as in the library tokenizers
+
+
+def random_texts(n: int) -> list[str]:
+    """Texts in many scripts: TEXTS, and random pieces of them with random characters between."""
+    rng = random.Random(0)
+    alphabets = [
+        "aàéîöüßñçāčșžæøŵ",
+        "ÀÉÜŠĞİ",
+        "abcdefgh '",
+        "бвгдеёж",
+        "ابتثج",
+        "日本語中文字か",
+        "தமிழ்",
+        "🙂🎉👍🏽",
+        "0123456789²٣",
+        " \t\n\r\u00a0",
+        ".,;:!?-—«»\"'()",
+        "\u0301\u0308\u200d",
+        "אבג",
+        "ნოქ",
+    ]
+    texts = list(TEXTS) + [unicodedata.normalize("NFD", text) for text in TEXTS]
+    while len(texts) < n:
+        parts = [rng.choice(TEXTS)[: rng.randrange(9)]]
+        for _ in range(rng.randrange(1, 12)):
+            alphabet = rng.choice(alphabets)
+            parts.append("".join(rng.choice(alphabet) for _ in range(rng.randrange(1, 6))))
+            parts.append(rng.choice(["", " ", "'s", "'LL", "'re", "<|im_end|>", "</s>", "the"]))
+        texts.append("".join(parts))
+    return texts
+
+
+def trained_bpe(folder: Path, split: str) -> Path:
+    """A tokenizer.json that the library trains on the included corpus, in a folder of its own."""
+    tokenizers = pytest.importorskip("tokenizers", reason="the reference is not installed")
+    raw = bpe_json(split)
+    empty = json.dumps(
+        raw | {"model": raw["model"] | {"vocab": {}, "merges": []}, "added_tokens": []}
+    )
+    theirs = tokenizers.Tokenizer.from_str(empty)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=1200, special_tokens=["<|begin|>", "<|im_end|>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    table = (TINY / "corpus" / "fr" / "fr-en.tsv").read_text(encoding="utf-8")
+    theirs.train_from_iterator(random_texts(500) + table.splitlines(), trainer)
+    bpe_folder(folder)
+    theirs.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def real_smollm2(folder: Path) -> Path:
+    weights = WEIGHTS / "SmolLM2-135M-Instruct"
+    if not (weights / "tokenizer.json").is_file():
+        pytest.skip(f"the public weights are not in {weights}")
+    return weights
+
+
+@pytest.mark.parametrize("kind", (*SPLITS, "real SmolLM2"))
+def test_ids_and_texts_equal_those_of_the_library_tokenizers(tmp_path, kind):
+    tokenizers = pytest.importorskip("tokenizers", reason="the reference is not installed")
+    folder = real_smollm2(tmp_path) if "real" in kind else trained_bpe(tmp_path / "llama", kind)
+    ours = Tokenizer(folder)
+    theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    theirs.encode_special_tokens = True  # special tokens in a text are text
+    rng = random.Random(1)
+    for text in random_texts(2000):
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False).ids, text
+        if "real" not in kind:  # SmolLM2 has no piece for some bytes
+            assert ours.pieces.decode(ids) == text
+        anything = [rng.randrange(ours.n_pieces) for _ in range(8)]  # often not valid UTF-8
+        assert ours.pieces.decode(anything) == theirs.decode(anything, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", (r"\p{L}", r"\p{N}", r"\s", r"\S"))
+def test_character_classes_equal_those_of_regex(name):
+    regex = pytest.importorskip("regex", reason="the reference is not installed")
+    ours = re.compile(f"[{llama_file.character_classes()[name]}]")
+    theirs = regex.compile(name)
+    # regex may know a newer version of Unicode. Skip characters that Python's version does not.
+    known = [c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in ("Cn", "Cs")]
+    assert [c for c in known if bool(ours.match(c)) != bool(theirs.match(c))] == []
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    transformers = pytest.importorskip("transformers", reason="the reference is not installed")
+    folder = real_smollm2(None)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return Llama.from_pretrained(folder), theirs.eval(), Tokenizer(folder)
+
+
+@torch.no_grad()
+def test_the_public_smollm2_equals_transformers(smollm2):
+    ours, theirs, tokenizer = smollm2
+    for text in ("The capital of France is", "Où est la gare ?", "1 2 3 4"):
+        ids = torch.tensor([tokenizer.encode(text)])
+        assert_close(ours(ids), theirs(ids).logits, 5e-4)
+        for beams in (1, 5):
+            [[best, *_]] = beam_search(
+                ours, [ours.embed(ids[0])], tokenizer.eos_ids, SearchOptions(beams, 1.0, 12)
+            )
+            answer = theirs.generate(ids, max_new_tokens=12, num_beams=beams, do_sample=False)[0]
+            answer = answer[len(ids[0]) :].tolist()
+            assert best.ids == [i for i in answer if i not in tokenizer.eos_ids]
 
 
 def test_added_tokens_are_read_from_either_file(tmp_path):

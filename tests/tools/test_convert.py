@@ -16,7 +16,7 @@ import llast
 import toys
 from data import AUDIO_ID
 from formats import as_original, write_bin, write_meta, write_openai
-from llama import Llama, rotary_angles, rotate
+from llama import Llama, LlamaConfig, rotary_angles, rotate
 from llast import LLaST, LLaSTConfig
 from tools import convert
 from tools.convert import export, read_peft
@@ -191,7 +191,8 @@ def test_reordered_rows_of_meta_score_as_with_metas_own_rotation():
     pair = torch.view_as_complex((x @ weight.T).reshape(T, Dh // 2, 2))
     angle = torch.arange(T)[:, None] * 10_000.0 ** (-torch.arange(0, Dh, 2) / Dh)
     theirs = torch.view_as_real(pair * torch.polar(torch.ones_like(angle), angle)).flatten(1)
-    cos, sin = rotary_angles(torch.arange(T)[None], Dh, 10_000.0)
+    config = LlamaConfig(12, 1, 1, 1, 1, Dh, 1, 1e-5, 10_000.0, False)
+    cos, sin = rotary_angles(torch.arange(T)[None], config)
     ours = rotate((x @ reordered.T)[None, None], cos, sin)[0, 0]
     torch.testing.assert_close(ours @ ours.T, theirs @ theirs.T, rtol=1e-4, atol=1e-4)
 
