@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 
 import llama as llama_file
 import make_golden
+import toys
 from llama import Llama, LlamaConfig, RMSNorm, Tokenizer, rotary_angles, rotate, tokenizer_files
 from make_golden import GOLDEN, LLAMAS, SMALL
 from toys import FAULTS, INTEGERS, LLAMA, TINY, llama_folder, made_up, peak_memory, shard
 from train import WEIGHTS
 from translate import SearchOptions, beam_search
 
-TOY = LlamaConfig(**{name: (LLAMA | SMALL)[name] for name in LlamaConfig.__dataclass_fields__})
+TOY = toys.llama_config(**SMALL)
 
 
 def assert_close(ours, theirs, atol):

@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llama import Llama, LlamaConfig
+from llama import Llama
 from lora import LoRALinear, add_lora, lora_layers, merge_lora, unmerge_lora
-from toys import LLAMA, WHISPER, fill, made_up
+from toys import WHISPER, fill, llama_config, made_up
 from whisper_encoder import WhisperConfig, WhisperEncoder
 
-TOY = LlamaConfig(**{name: LLAMA[name] for name in LlamaConfig.__dataclass_fields__})
+TOY = llama_config()
 R, ALPHA = 4, 12.0
 IDS = torch.tensor([[1, 66, 5, 5, 17], [1, 8, 33, 2, 60]])
 CASES = {

@@ -25,7 +25,7 @@ from torch import Tensor
 import toys
 import translate
 from data import Row
-from llama import Llama, LlamaConfig
+from llama import Llama
 from llast import LLaST
 from translate import (
     Clip,
@@ -44,8 +44,7 @@ from whisper_encoder import load_audio
 
 def toy_language(words: int) -> Llama:
     """A Llama with few words and clear preferences."""
-    sizes = toys.LLAMA | {"vocab_size": words}
-    llm = Llama(LlamaConfig(**{key: sizes[key] for key in LlamaConfig.__dataclass_fields__}))
+    llm = Llama(toys.llama_config(vocab_size=words))
     chance = torch.Generator().manual_seed(words)
     for name, tensor in llm.state_dict().items():
         if "norm" not in name:

@@ -28,9 +28,13 @@ WHISPER = dict(
 LLAMA = dict(
     hidden_size=36, intermediate_size=52, num_hidden_layers=2, num_attention_heads=6,
     num_key_value_heads=3, head_dim=6, vocab_size=1300, rms_norm_eps=1e-5, rope_theta=10000.0,
-    tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, factor=1.0,
-    low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192,
+    tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
+
+
+def llama_config(**changes) -> LlamaConfig:
+    sizes = LLAMA | changes
+    return LlamaConfig(**{k: v for k, v in sizes.items() if k in LlamaConfig.__dataclass_fields__})
 
 
 def made_up(name: str, shape, scale: float = 0.3) -> torch.Tensor:
@@ -65,7 +69,7 @@ def llama_folder(folder: Path, **changes) -> Path:
     """A Llama folder with the tokenizer of the embedded model."""
     folder.mkdir(parents=True)
     config = LLAMA | changes
-    llama = Llama(LlamaConfig(**{k: config[k] for k in LlamaConfig.__dataclass_fields__}))
+    llama = Llama(llama_config(**changes))
     weights = fill(llama)
     if config["tie_word_embeddings"]:
         weights.pop("lm_head.weight")
