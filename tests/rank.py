@@ -99,6 +99,8 @@ def count_sent_bytes(folder: Path, shard: bool) -> int:
     model = LLaST.fresh(train.model_config(settings))
     if shard:
         train.shard_base(model, torch.device("cpu"), torch.float32)
+    with torch.inference_mode():  # a run can continue with the dev scores, and then train
+        model(train.empty_batch())
     rows = data.read_corpus(folder / "corpus", "fr", "en")[0]["train"][:4]
     counts = [sent_bytes()]
     batches = train.make_batches(model, rows, settings)
