@@ -130,21 +130,26 @@ draw(("asr-0", "dual"), {"asr-0": "only translation", "dual": "and transcription
 # Is the training stable? The curves show the loss of the training batches and the norm of
 # the gradient before clipping, one line per seed.
 
+
 # %%
-fig, axes = plt.subplots(1, 2, figsize=(9.5, 2.8))
-for name, colour, label in (
-    ("asr-0", ORANGE, "only translation"),
-    ("dual", BLUE, "and transcription"),
-):
-    for i, line in enumerate(by_name.get(name, [])):
-        for ax, key in zip(axes, ("losses", "grad_norms")):
-            share = [100 * (k + 0.5) / len(line[key]) for k in range(len(line[key]))]
-            ax.plot(share, line[key], color=colour, lw=1, label=None if i else label)
-for ax, label in zip(axes, ("loss of an answer token (nats)", "norm of the gradient")):
-    ax.set(xlabel="share of the training (%)", ylabel=label, yscale="log")
-if by_name:
+def draw_curves(styles):
+    """Loss and norm of the gradient; styles: {name: (label, colour)}."""
+    fig, axes = plt.subplots(1, 2, figsize=(9.5, 2.8))
+    for name, (label, colour) in styles.items():
+        for i, line in enumerate(by_name[name]):
+            for ax, key in zip(axes, ("losses", "grad_norms")):
+                share = [100 * (k + 0.5) / len(line[key]) for k in range(len(line[key]))]
+                ax.plot(share, line[key], color=colour, lw=1, label=None if i else label)
+    for ax, label in zip(axes, ("loss of an answer token (nats)", "norm of the gradient")):
+        ax.set(xlabel="share of the training (%)", ylabel=label, yscale="log")
     axes[0].legend()
-plt.show()
+    plt.show()
+
+
+if {"asr-0", "dual"} <= set(by_name):
+    draw_curves({"asr-0": ("only translation", ORANGE), "dual": ("and transcription", BLUE)})
+else:
+    print("not measured yet")
 
 # %% [markdown]
 # ## (c) One language or three
