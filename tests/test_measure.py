@@ -162,6 +162,12 @@ def test_espeak_ng_gives_the_times_of_the_words_of_a_test_clip(attention):
 # ---------------------------------------------------------------------------- tables of the README
 
 
+def test_the_results_were_measured_with_the_included_model(measure, tables):
+    weights = measure.digest_of_weights(ROOT / "tiny" / "model")
+    for file, script in ((tables.MEASURED, "measure.py"), (tables.ATTENTION, "attention.py")):
+        assert json.loads(file.read_text())["weights"] == weights, f"run tiny/{script} again"
+
+
 def test_the_tables_of_the_readme_are_those_of_the_result_files(tables):
     text = tables.README.read_text(encoding="utf-8")
     assert tables.write_tables(text) == text

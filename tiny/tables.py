@@ -113,7 +113,7 @@ def model_line() -> str:
 
 def sound_table() -> str:
     sound = json.loads(MEASURED.read_text())["sound"]
-    names = {name: SOUND.get(name, f"other clips, voice `{name}`") for name in sound}
+    names = {name: SOUND.get(name, f"test sentences in the voice `{name}`") for name in sound}
     rows = [bleu_row(names[name], scores) for name, scores in sound.items()]
     return table(["sound", *BLEU_COLUMNS], rows)
 
