@@ -19,6 +19,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -410,17 +411,27 @@ class StopSignals:
     received, is_held_back = None, False
 
     def catch(self):
-        self.received = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
+        self.received, self.is_held_back = None, False
+        for name in ("SIGINT", "SIGTERM", "SIGALRM"):
+            if hasattr(signal, name):  # Windows has no SIGALRM
+                signal.signal(getattr(signal, name), self.handle)
 
     def handle(self, number, frame):
-        self.received = number
+        if number in (signal.SIGINT, signal.SIGTERM):
+            self.received = number
         if n_ranks() > 1:
             return  # all ranks stop together, see agree_on_step
         for other in (signal.SIGINT, signal.SIGTERM):
             signal.signal(other, signal.SIG_DFL)
-        if not self.is_held_back:
+        if self.is_held_back:
+            return
+        # While the main thread waits for another thread, an exception can leave a lock closed for
+        # ever. So try again in a moment, with SIGALRM.
+        modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_stack(frame)}
+        locks = {"threading", "concurrent.futures._base", "concurrent.futures.thread"}
+        if modules & locks and hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0.005)
+        else:
             raise KeyboardInterrupt
 
     @contextmanager
@@ -793,6 +804,7 @@ def run(args: argparse.Namespace) -> int:
             finish(model, splits, settings, out, start_time)
         except BaseException as error:
             if STOP.received:
+                STOP.is_held_back = True  # a save must not be interrupted again
                 if state.step:
                     report.save()  # also the model, so that it can be used
                 gather(None)  # torchrun ends all ranks when one has ended, so wait for rank 0

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -740,6 +741,23 @@ def test_a_signal_that_another_library_turns_into_an_error_still_stops_the_run(
     assert (tmp_path / "run" / train.STATE).exists() == (name == "forward")
     assert run(monkeypatch, *command) == 0
     assert toys.run_results(tmp_path / "run") == whole
+
+
+def test_a_signal_does_not_interrupt_the_locks_of_python():
+    """Otherwise the lock of the future can stay closed, and the thread then waits for ever."""
+    values = []
+
+    def interrupt():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+        return "a clip"
+
+    train.STOP.catch()
+    with pytest.raises(KeyboardInterrupt):
+        with ThreadPoolExecutor(1) as thread:
+            values.append(thread.submit(interrupt).result())
+        time.sleep(10)
+    assert values == ["a clip"]
 
 
 def test_a_signal_waits_for_the_end_of_a_save_and_a_second_one_does_not_row_13(
