@@ -76,6 +76,12 @@ def interrupt(child: int, out: Path, number: int, rng: random.Random):
 
 def wait(child: int) -> int:
     """Wait for the end of a process. The result is negative if a signal ended it."""
+    latest = time.monotonic() + 300
+    while os.waitid(os.P_PID, child, END) is None:
+        if time.monotonic() > latest:
+            os.kill(child, signal.SIGKILL)
+            sys.exit("the command still runs after 300 s; does it wait for a lock?")
+        time.sleep(0.002)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
