@@ -245,6 +245,19 @@ def test_attention_never_has_a_mask_together_with_grouped_heads(llama, monkeypat
     assert calls[::2] == [(False, True, True), (False, False, True), (True, False, False)]
 
 
+def test_attention_in_training_on_a_cpu_is_computed_in_float32(folder, monkeypatch):
+    dtypes, attend = [], F.scaled_dot_product_attention
+
+    def watch(q, k, v, **options):
+        dtypes.append((q.dtype, k.dtype, v.dtype))
+        return attend(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
+    llama = Llama.from_pretrained(folder, torch.bfloat16)
+    assert llama(make_golden.ids()).dtype == torch.bfloat16
+    assert dtypes == [(torch.float32,) * 3] * 2
+
+
 @pytest.mark.parametrize(
     "T, positions, missing",
     ((2, torch.tensor([[4, 5]]), "can_attend is"), (1, None, "positions are")),

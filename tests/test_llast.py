@@ -509,6 +509,23 @@ def test_only_files_that_are_read_change_a_fingerprint(tree):
         (tree / "llama" / name).unlink()
 
 
+def test_the_fingerprint_has_only_the_tokenizer_that_is_read(tree):
+    (tree / "llama" / "tokenizer.json").write_text("{}")  # a copy in another format
+    (tree / "llama" / "generation_config.json").write_text("{}")
+    LLaST.from_pretrained(tree / "run")
+    both = fingerprint(tree / "llama", "llm")
+    (tree / "llama" / "tokenizer.model").unlink()
+    only_json = fingerprint(tree / "llama", "llm")
+    (tree / "llama" / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert len({both, only_json, fingerprint(tree / "llama", "llm")}) == 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_precision_of_the_frozen_weights_can_be_chosen(dtype):
+    _, precision, reason = pick_device(dtype)
+    assert precision == getattr(torch, dtype) and reason.endswith(f"frozen weights in {dtype}")
+
+
 def test_fingerprints_are_those_of_the_bases_when_they_were_loaded(tree):
     model = trained_model(tree)
     change(tree / "llama" / "model.safetensors", lambda w: w["model.norm.weight"].add_(1))
