@@ -17,7 +17,7 @@ import llast
 import toys
 import train
 from data import AUDIO_ID, IGNORE, Batch
-from llast import LLaST, LLaSTConfig
+from llast import LLaST, LLaSTConfig, fingerprint, pick_device
 from lora import merge_lora
 from whisper_encoder import WINDOWS
 
