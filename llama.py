@@ -237,8 +237,8 @@ class Attention(nn.Module):
         """Return (y, (keys of x, values of x)).
 
         past: None, or (keys, values, n): the cache of this layer and its number n of used
-        positions. can_attend: None, or as_bias of a mask (B, 1, G*T, L): where a query may attend
-        to a key. Llama.hidden lists how the two are used together.
+        positions. can_attend: None, or the result of as_bias (B, 1, G*T, L): where a query may
+        attend to a key. Llama.hidden lists how the two are used together.
         """
         B, T, D = x.shape
         q = self.q_proj(x).view(B, T, -1, self.Dh).transpose(1, 2)  # (B, H, T, Dh)
@@ -269,13 +269,13 @@ class Attention(nn.Module):
 
 
 def as_bias(can_attend: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn a mask into numbers that attention adds to its scores: 0, or -inf for "not".
+    """Turn a mask into numbers that attention adds to its scores: 0 for True, -inf for False.
 
-    Attention would do this itself, but again in every layer. Its kernel on a GPU reads rows whose
-    length in memory is a multiple of 8, and would otherwise copy the mask in every layer.
+    Attention would do this itself, but in every layer again. The kernel on a GPU needs rows whose
+    length in memory is a multiple of 8. Otherwise it would also copy the mask in every layer.
     """
     L = can_attend.shape[-1]
-    bias = torch.zeros(*can_attend.shape[:-1], L + -L % 8, dtype=dtype, device=can_attend.device)
+    bias = torch.zeros(*can_attend.shape[:-1], L + (-L) % 8, dtype=dtype, device=can_attend.device)
     return bias[..., :L].masked_fill_(~can_attend, -torch.inf)
 
 

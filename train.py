@@ -608,8 +608,8 @@ def load_steps(
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Copy the audio and the ids of a batch to a GPU. LLaST.forward needs the labels on the CPU.
 
-    From pinned memory (memory that is never moved to the disk), a GPU copies by itself. Neither the
-    CPU nor the computation of the step before has to wait.
+    From pinned memory (memory that is never moved to the disk), a GPU copies without the CPU. So
+    the CPU does not wait, and the copy can run while the GPU still computes the step before.
     """
     if device.type != "cuda":
         return batch

@@ -34,6 +34,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder as Their
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.gpu import NEVER, TOY_ENCODER, TOY_LLM  # noqa: E402
 from benchmarks.measure import (  # noqa: E402
     Machine,
     Phase,
@@ -73,11 +74,7 @@ from whisper_encoder import (  # noqa: E402
 BASE = WhisperConfig(80, 512, 6, 8, 2048, 1500)  # Whisper-base
 SMALL_LLM = LlamaConfig(576, 1536, 30, 9, 3, 64, 49152, 1e-5, 10_000.0, False)  # 135M
 SIZES = {
-    # Only to test the benchmarks.
-    "toy": (
-        WhisperConfig(80, 64, 2, 4, 128, 1500),
-        LlamaConfig(64, 128, 2, 4, 2, 16, 2000, 1e-5, 10_000.0, False), 4, 4,
-    ),
+    "toy": (TOY_ENCODER, TOY_LLM, 4, 4),  # only to test the benchmarks
     "base-135m": (BASE, SMALL_LLM, 16, 16),
     "llast-2b": (
         GEOMETRY["whisper-large-v2"], GEOMETRY["TinyLlama-1.1B-Chat-v1.0"], 128, 512,
@@ -91,7 +88,6 @@ SIZES = {
 }  # fmt: skip
 CASES = ["training", "translation"]
 PROMPT, ANSWER, EOS = 28, 24, 2  # tokens of a made-up row, the end included in the answer
-NEVER = -1  # an end that no model writes: random answers then all have the length that is counted
 BOTH = (("30s", "both in 30 s"), ("clip", "ours at own length"))  # windows, and how rows say it
 MIXED = (2.0, 3.1, 4.2, 5.0, 6.3, 7.7, 9.4, 12.0)  # seconds of the clips in a training step
 
@@ -99,7 +95,7 @@ MIXED = (2.0, 3.1, 4.2, 5.0, 6.3, 7.7, 9.4, 12.0)  # seconds of the clips in a t
 
 
 def build_ours(size: str, device, dtype) -> LLaST:
-    """A LLaST whose LoRA is no longer fresh, so that a LoRA left out would be noticed.
+    """A LLaST whose LoRA is not new: its B is not 0, so a model without the LoRA would differ.
 
     "tiny" is the included example. The other sizes get random weights, made on the device.
     """

@@ -45,7 +45,14 @@ from llama import Llama, LlamaConfig, Tokenizer  # noqa: E402
 from llast import LLaST, pick_device  # noqa: E402
 from tools.cost import llm_flops  # noqa: E402
 from tools.plan import GEOMETRY, activation_bytes, example_flops  # noqa: E402
-from train import PRESETS, Preset, compute_gradient, model_config, to_device, train_epochs  # noqa: E402
+from train import (  # noqa: E402
+    PRESETS,
+    Preset,
+    compute_gradient,
+    model_config,
+    to_device,
+    train_epochs,
+)
 from translate import SearchOptions, beam_search, extend  # noqa: E402
 from whisper_encoder import WhisperConfig, WhisperEncoder  # noqa: E402
 
@@ -133,12 +140,12 @@ KERNELS = {  # part of the name of an operator: the kernel that it calls
 
 
 def kernel_of(work) -> str:
-    """The attention kernel that PyTorch chose inside `work`, for each call that it did."""
+    """The names of the attention kernels that PyTorch chose while `work` ran."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         work()
     names = [event.key for event in profiler.key_averages()]
     names = [name for name in names if "scaled_dot_product" in name and "backward" not in name]
-    found = {text for name in names for part, text in KERNELS.items() if part in name}
+    found = [kernel for part, kernel in KERNELS.items() if any(part in name for name in names)]
     return ", ".join(sorted(found)) or "none"
 
 
@@ -379,7 +386,10 @@ def time_graphs(results: Results, model: LLaST, machine: Machine, W: int, P: int
 
 
 def step_phase(model: LLaST, B: int, W: int, P: int, n: int) -> Phase:
-    """What one step must compute and read. Half of the answer stands for all its lengths."""
+    """What one beam step must compute and read.
+
+    Steps get longer during an answer. This is the step in the middle of an answer of n tokens.
+    """
     llm, config = model.llm, model.llm.config
     kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     kv *= llm.lm_head.weight.element_size()
@@ -454,16 +464,17 @@ def few_clips(folder: Path) -> Path:
 
 def precision(results: Results, toy: bool, machine: Machine):
     """Losses of the same 50 steps with frozen weights in float32 and in bfloat16."""
-    settings, losses = PRESETS["tiny"], {}
+    settings, losses = PRESETS["tiny"], []
     rows = read_corpus(settings.data, "fr", "en")[0]["train"][: 4 if toy else 200]
     settings = replace(settings, epochs=1 if toy else 4)
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
         model = LLaST.fresh(model_config(settings), dtype, DEVICE)
         batches = train.make_batches(model, rows, settings)
-        found = losses.setdefault(dtype, [])
-        train_epochs(model, batches, settings, lambda s, f=found: f.append(s.losses.mean().item()))
-    single, half = losses.values()
+        steps = []
+        train_epochs(model, batches, settings, steps.append)
+        losses.append([step.loss for step in steps])
+    single, half = losses
     n = min(50, len(single))
     gap = [abs(a - b) / a for a, b in zip(single, half, strict=True)][:n]
     case = f"included example, loss in bfloat16 against float32, {n} steps"
