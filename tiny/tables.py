@@ -23,7 +23,8 @@ EXPERIMENTS = {  # name in results.jsonl: words in the table
     "s-lora": "S-LoRA: only in the encoder",
     "l-lora": "L-LoRA: only in the LLM",
     "dual": "both (dual LoRA), the preset",
-    "asr-0": "both, without transcription, as many steps",
+    "asr-0": "both, two passes, no transcription",
+    "asr-1": "both, one pass, every clip also transcribed",
     "three-languages": "both, three languages",
 }
 CLAIMS = {  # claims of the paper: the run that should be better, and the other one
@@ -31,7 +32,7 @@ CLAIMS = {  # claims of the paper: the run that should be better, and the other 
     "LoRA in the LLM helps": ("l-lora", "none"),
     "both are better than only the encoder's": ("dual", "s-lora"),
     "both are better than only the LLM's": ("dual", "l-lora"),
-    "learning to transcribe helps, at equal steps": ("dual", "asr-0"),
+    "learning to transcribe helps, at equal steps": ("asr-1", "asr-0"),
     "two more languages help French": ("three-languages", "dual"),
 }
 SOUND = {

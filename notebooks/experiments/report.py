@@ -118,13 +118,14 @@ draw(
 # %% [markdown]
 # ## (b) Learning to transcribe, too
 # **The paper:** transcription examples (ASR) improve the translation. Both runs have
-# equally many steps: without transcription, the clips are translated twice as often.
+# equally many steps: without transcription, the clips are translated in two passes,
+# with transcription there is one pass.
 #
 # On CoVoST-2: `python train.py --preset llast-2b --lang fr --data corpus`, and the same
 # with `--asr 0 --epochs 2`.
 
 # %%
-draw(("asr-0", "dual"), {"asr-0": "only translation", "dual": "and transcription"})
+draw(("asr-0", "asr-1"), {"asr-0": "only translation", "asr-1": "and transcription"})
 
 # %% [markdown]
 # Is the training stable? The curves show the loss of the training batches and the norm of
@@ -146,8 +147,8 @@ def draw_curves(styles):
     plt.show()
 
 
-if {"asr-0", "dual"} <= set(by_name):
-    draw_curves({"asr-0": ("only translation", ORANGE), "dual": ("and transcription", BLUE)})
+if {"asr-0", "asr-1"} <= set(by_name):
+    draw_curves({"asr-0": ("only translation", ORANGE), "asr-1": ("and transcription", BLUE)})
 else:
     print("not measured yet")
 

@@ -34,15 +34,16 @@ MODELS = ROOT / "runs" / "experiments"
 SEEDS = (0, 1, 2)
 N_MEANS = 50  # length of the loss and gradient curves in a line
 
-# Name of a run: its options of train.py. Everything else is as in the preset "tiny", which trains
-# on French, with both LoRAs, and transcribes every clip (--asr 1). Several comparisons use the run
-# "dual". "asr-0" has as many steps as "dual": without transcription, an epoch has half the steps.
+# Name of a run: its options of train.py. Everything else is as in the preset "tiny", so "dual" is
+# the preset itself, with both LoRAs. Several comparisons use it. "asr-0" and "asr-1" have equally
+# many steps: two passes with only translations, or one pass with as many transcriptions.
 RUNS = {
     "dual": "--lang fr",
     "none": "--lang fr --encoder-rank 0 --llm-rank 0",
     "s-lora": "--lang fr --llm-rank 0",
     "l-lora": "--lang fr --encoder-rank 0",
-    "asr-0": "--lang fr --asr 0 --epochs 4",
+    "asr-0": "--lang fr --asr 0 --epochs 2",
+    "asr-1": "--lang fr --asr 1 --epochs 1",
     "three-languages": "--lang fr,de,es",
 }
 SEEDS_OF = {}  # runs that have other seeds than SEEDS
