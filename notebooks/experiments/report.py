@@ -162,4 +162,6 @@ else:
 # with `--lang paper`.
 
 # %%
-draw(("dual", "three-languages"), {"dual": "French", "three-languages": "French, German, Spanish"})
+draw(
+    ("asr-1", "three-languages"), {"asr-1": "French", "three-languages": "French, German, Spanish"}
+)

@@ -36,7 +36,8 @@ N_MEANS = 50  # length of the loss and gradient curves in a line
 
 # Name of a run: its options of train.py. Everything else is as in the preset "tiny", so "dual" is
 # the preset itself, with both LoRAs. Several comparisons use it. "asr-0" and "asr-1" have equally
-# many steps: two passes with only translations, or one pass with as many transcriptions.
+# many steps: two passes with only translations, or one pass with as many transcriptions. The runs
+# with one pass are compared with each other: "three-languages" adds other languages to "asr-1".
 RUNS = {
     "dual": "--lang fr",
     "none": "--lang fr --encoder-rank 0 --llm-rank 0",
@@ -44,7 +45,7 @@ RUNS = {
     "l-lora": "--lang fr --encoder-rank 0",
     "asr-0": "--lang fr --asr 0 --epochs 2",
     "asr-1": "--lang fr --asr 1 --epochs 1",
-    "three-languages": "--lang fr,de,es",
+    "three-languages": "--lang fr,de,es --asr 1 --epochs 1",
 }
 SEEDS_OF = {}  # runs that have other seeds than SEEDS
 
