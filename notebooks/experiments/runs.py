@@ -4,14 +4,16 @@
     python notebooks/experiments/runs.py --only none dual
     python notebooks/experiments/runs.py --parallel 12          a GPU, or many cores
 
-A run is a call of train.py with the options in RUNS and a seed. A run that already has a line in
-results.jsonl is not repeated. So after an interruption the same command continues. The models and
-what train.py printed stay in runs/experiments/NAME-SEED.
+A run is a call of train.py with the options in RUNS and a seed. The runs in AFTER_DUAL are calls of
+after.py, which measures more with the trained model "dual" of the same seed. A run that already has
+a line in results.jsonl is not repeated. So after an interruption the same command continues. The
+models and what the scripts printed stay in runs/experiments/NAME-SEED.
 """
 
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -35,30 +37,71 @@ SEEDS = (0, 1, 2)
 N_MEANS = 50  # length of the loss and gradient curves in a line
 
 # Name of a run: its options of train.py. Everything else is as in the preset "tiny", so "dual" is
-# the preset itself, with both LoRAs. Several comparisons use it. "asr-0" and "asr-1" have equally
-# many steps: two passes with only translations, or one pass with as many transcriptions. The runs
-# with one pass are compared with each other: "three-languages" adds other languages to "asr-1".
+# the preset itself, with both LoRAs. Most comparisons use it.
 RUNS = {
     "dual": "--lang fr",
+    # LoRA in no model, only in the encoder (S-LoRA), only in the LLM (L-LoRA)
     "none": "--lang fr --encoder-rank 0 --llm-rank 0",
     "s-lora": "--lang fr --llm-rank 0",
     "l-lora": "--lang fr --encoder-rank 0",
+    # Equally many steps: two passes with only translations, or one pass with as many transcriptions
     "asr-0": "--lang fr --asr 0 --epochs 2",
     "asr-1": "--lang fr --asr 1 --epochs 1",
+    # One pass, as "asr-1", but also over German and Spanish clips
     "three-languages": "--lang fr,de,es --asr 1 --epochs 1",
+    # Half and a quarter of the 1,360 French clips
+    "dual-half": "--lang fr --clips 680",
+    "none-half": "--lang fr --clips 680 --encoder-rank 0 --llm-rank 0",
+    "s-lora-half": "--lang fr --clips 680 --llm-rank 0",
+    "l-lora-half": "--lang fr --clips 680 --encoder-rank 0",
+    "dual-quarter": "--lang fr --clips 340",
+    # As many passes as "dual" and "asr-0", with transcripts of a part of the clips
+    "asr-tenth": "--lang fr --asr 0.1",
+    "asr-half": "--lang fr --asr 0.5",
+    # Only the ranks change. The learning rate and alpha / rank stay those of the preset.
+    "rank-1": "--lang fr --encoder-rank 1 --llm-rank 1",
+    "rank-4": "--lang fr --encoder-rank 4 --llm-rank 4",
+    "rank-64": "--lang fr --encoder-rank 64 --llm-rank 64",
+    # Short, because computing 30 s for every clip is slow
+    "window-clip": "--lang fr --clips 400 --epochs 1",
+    "window-30s": "--lang fr --clips 400 --epochs 1 --window 30s",
+    # Only the first layers of the encoder, see cut_encoder
+    "layers-2": "--lang fr --encoder runs/experiments/whisper-2",
+    "layers-4": "--lang fr --encoder runs/experiments/whisper-4",
+    # Translate the test clips in one step or in two: scores, time and memory
+    "end-to-end": "--lang fr",
+    "cascade": "--lang fr",
+    # One pass over noisy clips, in which only one part of the model is trained further
+    "noise-before": "--lang fr --asr 0 --epochs 1",  # no training, only the scores
+    "noise-encoder": "--lang fr --asr 0 --epochs 1",
+    "noise-llm": "--lang fr --asr 0 --epochs 1",
+    "noise-projector": "--lang fr --asr 0 --epochs 1",
+    "noise-all": "--lang fr --asr 0 --epochs 1",
 }
-SEEDS_OF = {}  # runs that have other seeds than SEEDS
+AFTER_DUAL = ("end-to-end", "cascade", *(name for name in RUNS if name.startswith("noise-")))
+SEEDS_OF = {"window-clip": (0,), "window-30s": (0,)}  # runs that have other seeds than SEEDS
 
 
 def settings_of(name: str) -> dict:
     """The settings of a run as they are in its line: numbers, and paths inside the repository."""
     args = build_parser().parse_args(RUNS[name].split())
     settings = {"clips": args.clips} | asdict(with_flags(PRESETS[args.preset], args))
+    if name in AFTER_DUAL:
+        settings["measurement"] = name
     return json.loads(json.dumps(settings, default=relative_path))
 
 
 def relative_path(path: Path) -> str:
-    return os.path.relpath(path, ROOT)
+    return os.path.relpath(ROOT / path, ROOT)
+
+
+def command_of(name: str, seed: int) -> list[str]:
+    """The command of a run in the folder of the repository, without "python"."""
+    model, folder = (relative_path(MODELS / f"{run}-{seed}") for run in ("dual", name))
+    options = [*RUNS[name].split(), "--seed", str(seed), "--out", folder]
+    if name in AFTER_DUAL:
+        return ["notebooks/experiments/after.py", name, model, *options]
+    return ["train.py", *options]
 
 
 def read_results() -> list[dict]:
@@ -77,7 +120,8 @@ def runs_to_do(names: list[str], seeds: list[int] | None) -> list[tuple]:
             line = lines.get((name, seed))
             if line is None:
                 todo.append((name, seed))
-            elif other := [k for k, v in line["settings"].items() if settings.get(k) != v]:
+            # A setting that train.py no longer has is not compared.
+            elif other := [k for k, v in line["settings"].items() if settings.get(k, v) != v]:
                 raise ValueError(
                     f"{RESULTS}: the line of {name}, seed {seed} was measured with other settings: "
                     f"{', '.join(other)}; delete the line to repeat the run"
@@ -85,33 +129,48 @@ def runs_to_do(names: list[str], seeds: list[int] | None) -> list[tuple]:
     return todo
 
 
-def train_one(name: str, seed: int, threads: int) -> str:
-    """Train and score one model in a process of its own, and append its line. Return a summary."""
+def cut_encoder(n_layers: int):
+    """Write the encoder of the preset with only its first layers. Its final layer norm stays."""
+    source, folder = PRESETS["tiny"].encoder, MODELS / f"whisper-{n_layers}"
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        layer = re.search(r"layers\.(\d+)\.", name)
+        if not layer or int(layer[1]) < n_layers:
+            kept[name] = tensor
+    save_file(kept, folder / "model.safetensors")
+    config = json.loads((source / "config.json").read_text()) | {"encoder_layers": n_layers}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def do_run(name: str, seed: int, threads: int) -> str:
+    """Do one run in a process of its own, and append its line. Return a summary."""
     folder = MODELS / f"{name}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)  # left by a run that did not finish
     folder.parent.mkdir(parents=True, exist_ok=True)
     output = folder.with_suffix(".txt")
-    command = [sys.executable, ROOT / "train.py", *RUNS[name].split()]
-    command += ["--seed", str(seed), "--out", folder]
+    command = [sys.executable, *command_of(name, seed)]
     threads = {"OMP_NUM_THREADS": str(threads)}
     with open(output, "w") as stream:
         code = subprocess.run(
-            command, env=os.environ | threads, stdout=stream, stderr=subprocess.STDOUT
+            command, cwd=ROOT, env=os.environ | threads, stdout=stream, stderr=subprocess.STDOUT
         ).returncode
     if code:
         last = output.read_text().strip().splitlines()[-1:]
-        raise ValueError(f"{name}, seed {seed}: train.py failed: {' '.join(last)}; see {output}")
+        raise ValueError(f"{name}, seed {seed} failed: {' '.join(last)}; see {output}")
     output.replace(folder / "output.txt")
     line = {"name": name, "seed": seed, "options": RUNS[name], "settings": settings_of(name)}
     line |= {"commit": commit(), "device": device_name() | threads} | read_run(folder)
     with open(RESULTS, "a") as stream:  # one write for each line, so parallel runs cannot mix lines
         stream.write(json.dumps(line) + "\n")
     bleu = ", ".join(f"{direction} {scores['bleu']}" for direction, scores in line["test"].items())
-    return f"{name}, seed {seed}: {line['seconds']} s, dev loss {line['dev_loss']}, BLEU {bleu}"
+    return f"{name}, seed {seed}: {line['seconds']} s, BLEU {bleu}"
 
 
 def read_run(folder: Path) -> dict:
     """What a line says about a finished run: steps, parameters, seconds, losses and scores."""
+    if (folder / "line.json").is_file():  # after.py has already collected it
+        return json.loads((folder / "line.json").read_text())
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     steps = [line for line in log if "loss" in line]
     results = json.loads((folder / "results.json").read_text())
@@ -123,20 +182,24 @@ def read_run(folder: Path) -> dict:
         "seconds": results.pop("seconds"),
         "dev_loss": last["dev_loss"],
         "dev_bleu": {k.split()[1]: v for k, v in last.items() if k.startswith("dev_bleu")},
-        "test": {name: scores | test_details(folder, name) for name, scores in results.items()},
+        "test": {name: scores | test_scores(folder, name) for name, scores in results.items()},
         "losses": means([line["loss"] for line in steps]),
         "grad_norms": means([line["grad_norm"] for line in steps]),
     }
 
 
-def test_details(folder: Path, direction: str) -> dict:
-    """The 95 % interval of BLEU, and the share of answers that equal their reference."""
-    columns = "reference", "hypothesis"
+def test_scores(folder: Path, direction: str) -> dict:
+    columns = "hypothesis", "reference"
     rows = [row for _, row in read_table(folder / f"test.{direction}.tsv", columns)]
-    references, texts = ([row[column] for row in rows] for column in columns)
-    scores = score(texts, references, direction.split("-", 1)[1], n_bootstrap=1000)
-    exact = sum(text == reference for text, reference in zip(texts, references)) / len(rows)
-    return {"bleu_interval": scores["bleu_interval"], "exact": round(exact, 3)}
+    texts, references = ([row[column] for row in rows] for column in columns)
+    return score_texts(texts, references, direction.split("-", 1)[1])
+
+
+def score_texts(texts: list[str], references: list[str], target: str = "en") -> dict:
+    """BLEU with its 95 % interval, and the share of texts that equal their reference."""
+    scores = score(texts, references, target, n_bootstrap=1000)
+    exact = sum(text == reference for text, reference in zip(texts, references)) / len(texts)
+    return {k: scores[k] for k in ("bleu", "bleu_interval", "n")} | {"exact": round(exact, 3)}
 
 
 def means(values: list[float]) -> list[float]:
@@ -162,12 +225,12 @@ def device_name() -> dict:
     return {"device": gpu or "CPU", "torch": torch.__version__}
 
 
-def train_all(todo: list[tuple], parallel: int) -> int:
-    """Do all runs, `parallel` at a time. Return the exit code: 1 if a run failed."""
+def do_runs(todo: list[tuple], parallel: int) -> int:
+    """Do runs, `parallel` at a time. Return how many failed."""
     threads = 1 if parallel > 1 else torch.get_num_threads()
     failed = 0
     with ThreadPoolExecutor(parallel) as pool:
-        jobs = [pool.submit(train_one, name, seed, threads) for name, seed in todo]
+        jobs = [pool.submit(do_run, name, seed, threads) for name, seed in todo]
         try:
             for number, job in enumerate(as_completed(jobs), start=1):
                 if error := job.exception():
@@ -175,10 +238,20 @@ def train_all(todo: list[tuple], parallel: int) -> int:
                     print(f"runs.py: {error}", file=sys.stderr, flush=True)
                 else:
                     print(f"{number} of {len(jobs)}: {job.result()}", flush=True)
-        except KeyboardInterrupt:  # train.py stops by itself; do not start the other runs
+        except KeyboardInterrupt:  # the scripts stop by themselves; do not start the other runs
             pool.shutdown(cancel_futures=True)
-            return 130
-    return 1 if failed else 0
+            raise
+    return failed
+
+
+def do_all(todo: list[tuple], parallel: int) -> int:
+    """Do all runs, those that need the models "dual" last. Return how many failed."""
+    for n_layers in (2, 4):
+        if any(name == f"layers-{n_layers}" for name, _ in todo):
+            cut_encoder(n_layers)
+    last = [run for run in todo if run[0] in AFTER_DUAL]
+    failed = do_runs([run for run in todo if run not in last], parallel)
+    return failed + do_runs(last, parallel)
 
 
 def print_list(names: list[str]):
@@ -187,7 +260,7 @@ def print_list(names: list[str]):
     for name in names:
         done = sorted(line["seed"] for line in lines if line["name"] == name)
         seeds = f"{len(done)} of {len(SEEDS_OF.get(name, SEEDS))} seeds"
-        print(f"{name:20} {seeds:14} python train.py {RUNS[name]}")
+        print(f"{name:16} {seeds:14} python {' '.join(command_of(name, 0))}")
 
 
 def main() -> int:
@@ -208,10 +281,13 @@ def main() -> int:
         print_list(names)
         return 0
     try:
-        return train_all(runs_to_do(names, args.seeds), args.parallel)
+        return 1 if do_all(runs_to_do(names, args.seeds), args.parallel) else 0
     except ValueError as error:
         print(f"runs.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("runs.py: stopped; the same command does the rest", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
