@@ -115,6 +115,12 @@ def test_measurements_of_a_model_come_after_its_training(runs, tmp_path):
     assert noise["dev_loss"] > 0 and noise["dev_loss with noise"] > 0
 
 
+def test_a_measurement_without_its_model_is_an_error(runs, capsys):
+    assert runs.do_all([("cascade", 0)], parallel=1) == 1
+    assert "cascade, seed 0 needs the model" in capsys.readouterr().err
+    assert runs.read_results() == []
+
+
 def test_the_cascade_costs_more_than_one_step(model, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "notebooks" / "experiments")
     import after

@@ -311,7 +311,8 @@ conclude()
 # The models of the run "dual" have never heard loud noise. Here the training goes on for
 # one pass over the French clips with white noise of the same power as the speech, but
 # only one part is trained: the LoRA of the encoder, the LoRA of the LLM, or the projector.
-# Which part learns the noise, and what is forgotten about clips without noise?
+# The learning rate rises and falls again, as in a new training. Which part learns the
+# noise, and what is forgotten about clips without noise?
 
 # %%
 parts = {
@@ -337,8 +338,8 @@ conclude()
 
 # %% [markdown]
 # On CoVoST-2, with a trained model in `runs/fr`: `python notebooks/experiments/after.py
-# noise-encoder runs/fr --preset llast-2b --lang fr --data corpus --out runs/noise`.
-# Nothing is published.
+# noise-encoder runs/fr --preset llast-2b --lang fr --data corpus --asr 0 --out runs/noise`.
+# We know no published number.
 
 # %% [markdown]
 # ## (j) A smaller encoder

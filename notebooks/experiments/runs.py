@@ -62,13 +62,14 @@ RUNS = {
     "rank-1": "--lang fr --encoder-rank 1 --llm-rank 1",
     "rank-4": "--lang fr --encoder-rank 4 --llm-rank 4",
     "rank-64": "--lang fr --encoder-rank 64 --llm-rank 64",
-    # Short, because computing 30 s for every clip is slow
+    # Short, because computing 30 s for every clip is slow. Without --parallel: it changes seconds.
     "window-clip": "--lang fr --clips 400 --epochs 1",
     "window-30s": "--lang fr --clips 400 --epochs 1 --window 30s",
     # Only the first layers of the encoder, see cut_encoder
     "layers-2": "--lang fr --encoder runs/experiments/whisper-2",
     "layers-4": "--lang fr --encoder runs/experiments/whisper-4",
-    # Translate the test clips in one step or in two: scores, time and memory
+    # Translate the test clips in one step or in two: scores, seconds and memory. Also without
+    # --parallel.
     "end-to-end": "--lang fr",
     "cascade": "--lang fr",
     # One pass over noisy clips, in which only one part of the model is trained further
@@ -145,7 +146,10 @@ def cut_encoder(n_layers: int):
 
 def do_run(name: str, seed: int, threads: int) -> str:
     """Do one run in a process of its own, and append its line. Return a summary."""
-    folder = MODELS / f"{name}-{seed}"
+    folder, dual = MODELS / f"{name}-{seed}", MODELS / f"dual-{seed}"
+    if name in AFTER_DUAL and not (dual / "llast.json").is_file():
+        advice = f"copy it, or delete its line in {RESULTS.name} and use --only dual"
+        raise ValueError(f"{name}, seed {seed} needs the model {dual}, which is missing; {advice}")
     shutil.rmtree(folder, ignore_errors=True)  # left by a run that did not finish
     folder.parent.mkdir(parents=True, exist_ok=True)
     output = folder.with_suffix(".txt")
