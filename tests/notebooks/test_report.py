@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 EXPERIMENTS = Path(__file__).parents[2] / "notebooks" / "experiments"
-MISSING = [name for name in ("jupytext", "matplotlib") if not importlib.util.find_spec(name)]
+PACKAGES = "jupytext", "matplotlib", "nbclient"
+MISSING = [name for name in PACKAGES if not importlib.util.find_spec(name)]
 pytestmark = pytest.mark.skipif(
     bool(MISSING), reason=f"notebooks/requirements.txt is not installed: {', '.join(MISSING)}"
 )
@@ -38,6 +39,17 @@ def run_report(monkeypatch, results=None, last="") -> dict:
 
 def test_the_report_is_drawn_and_its_sentences_have_the_numbers_of_the_file(monkeypatch):
     run_report(monkeypatch)
+
+
+def test_the_page_has_the_cells_of_its_source(monkeypatch):
+    monkeypatch.syspath_prepend(EXPERIMENTS.parent)
+    import build
+    import nbformat
+
+    page = nbformat.read(EXPERIMENTS / "report.ipynb", as_version=4)
+    cells = build.build(EXPERIMENTS / "report.py", solved=True).cells
+    advice = "run: python notebooks/build.py --report"
+    assert [cell.source for cell in page.cells] == [cell.source for cell in cells], advice
 
 
 def made_up_line(name: str, seed: int) -> dict:
