@@ -98,7 +98,7 @@ def draw(labels, panels=(BLEU, LOSS)):
             numbers[name].append(f"{label.split(' (')[0]} {text}")
         ax.set(xlabel=label)
         if label.startswith(("seconds", "memory")):  # costs are compared with 0
-            ax.set_xlim(left=0)
+            ax.set_xlim(0, 1.1 * ax.get_xlim()[1])
     axes[0][0].set_yticks(range(len(names)), [labels[name] for name in names])
     axes[0][0].set(ylim=(len(names) - 0.5, -0.5))
     plt.show()
