@@ -39,6 +39,13 @@ print(llm.config)
 
 # %% [markdown]
 # ## 3.1 It translates what it reads
+# Llama reads *tokens*: words and pieces of words. Each token has a number, its *id*, and
+# each id has a vector, its *embedding*. The layers change these vectors. In a layer, an
+# attention exchanges information between the positions, then an MLP (a small network)
+# changes each vector by itself. At the end, each position has a *logit* for every token
+# of the vocabulary. The token with the largest logit is the likeliest *next* token. A
+# model that writes one token after the other in this way is called a *decoder*.
+#
 # The LLM cannot hear. This clip means nothing to it. But give it the sentence as text:
 
 # %%
@@ -67,6 +74,7 @@ def complete(ids, longest=40):
 
 
 prompt = prompt_of(row.sentence)
+# In a token, ▁ is a space and <0x0A> is the end of a line.
 print(f"{len(prompt)} tokens:", " ".join(map(tokenizer.pieces.id_to_piece, prompt)), "\n")
 for some_row in rows[7:11]:
     print(some_row.sentence, "→", tokenizer.decode(complete(prompt_of(some_row.sentence))))
@@ -112,8 +120,13 @@ assert not torch.allclose(result, whole, atol=1e-3), advice
 assert not torch.allclose(result * norm.weight, expected), "multiply by the weight"
 squared = norm.weight * x / (x.pow(2).mean(-1, keepdim=True) + 1e-5)
 assert not torch.allclose(result, squared), "divide by the root of the mean square"
+factor = (result / expected).mean()
 assert torch.allclose(result, expected, atol=1e-5), (
-    "not root mean square, then times weight"
+    f"divide by the root of the mean of the squares; yours is {factor:.2f} times as large"
+)
+small = x / 1000  # so small that eps matters
+assert torch.allclose(rms_norm(small, norm.weight, 1e-5), norm(small), atol=1e-5), (
+    "add eps inside the root, to the mean of the squares"
 )
 print(f"ok: largest difference from the library {(result - expected).abs().max():.1e}")
 
@@ -129,9 +142,19 @@ def rms_norm(x, weight, eps):
     return weight * x / (x.pow(2).mean() + eps).sqrt()
 
 
-# %% tags=["wrong"] expects="divide by the root"
+# %% tags=["wrong"] expects="divide by the root of the mean square"
 def rms_norm(x, weight, eps):
     return weight * x / (x.pow(2).mean(dim=-1, keepdim=True) + eps)
+
+
+# %% tags=["wrong"] expects="yours is 0.41 times as large"
+def rms_norm(x, weight, eps):
+    return weight * x / (x.pow(2).sum(dim=-1, keepdim=True) + eps).sqrt()
+
+
+# %% tags=["wrong"] expects="eps inside the root"
+def rms_norm(x, weight, eps):
+    return weight * x / (x.pow(2).mean(dim=-1, keepdim=True).sqrt() + eps)
 
 
 # %% tags=["wrong"] expects="multiply by the weight"
@@ -181,10 +204,13 @@ llama.rotate = library_rotate
 
 x, expected = calls[0][0][0, 1], calls[0][1][0, 1]  # queries of layer 0, head 1: (T, Dh)
 places = torch.arange(float(len(x)))
-result = rotate(x, places)
+result = rotate(x.clone(), places)
 assert result.shape == x.shape, f"the shape must stay {tuple(x.shape)}"
 advice = "the length of a pair must not change: use cosine and sine of the same angle"
 assert torch.allclose(result.norm(dim=1), x.norm(dim=1), atol=1e-3), advice
+same_numbers = torch.equal(result[0].sort().values, x[0].sort().values)
+advice = "the numbers are in other places: first all a of the pairs, then all b"
+assert torch.equal(result[0], x[0]) or not same_numbers, advice
 advice = "position 0 is not rotated: positions begin with 0, not 1"
 assert torch.allclose(result[0], x[0]), advice
 advice = "the sign of the sine: this rotates backwards"
@@ -218,6 +244,14 @@ def rotate(x, positions, theta=10_000.0):
     angle = positions[:, None] * theta ** (-torch.arange(half) / x.shape[1])
     a, b, cos, sin = x[:, :half], x[:, half:], angle.cos(), angle.sin()
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=1)
+
+
+# %% tags=["wrong"] expects="first all a of the pairs, then all b"
+def rotate(x, positions, theta=10_000.0):
+    half = x.shape[1] // 2
+    angle = positions[:, None] * theta ** (-2 * torch.arange(half) / x.shape[1])
+    a, b, cos, sin = x[:, :half], x[:, half:], angle.cos(), angle.sin()
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=2).flatten(1)
 
 
 # %% tags=["wrong"] expects="positions begin with 0"
@@ -256,9 +290,12 @@ for i, colour in ((0, BLUE), (8, ORANGE), (16, GREEN)):
     ones[:, i] = 1
     left.plot(rotate(ones, torch.arange(40.0))[:, i], color=colour, label=f"pair {i}")
 left.set(
-    xlabel="position (tokens)", ylabel="first number of the pair", title="(1, 0), rotated"
+    xlabel="position (tokens)",
+    ylabel="first number",
+    ylim=(-1.1, 1.6),
+    title="the pair (1, 0) after its rotation",
 )
-left.legend(loc="lower left", frameon=True)
+left.legend(loc="upper center", ncols=3)
 for start, style in ((50, "-"), (300, "--")):
     distances = range(-40, 41)
     right.plot(
@@ -273,11 +310,13 @@ plt.show()
 
 # %% [markdown]
 # ## 3.4 Grouped heads (10 minutes)
-# This Llama has 4 query heads, but only 2 key/value heads: heads 0 and 1 share the first,
-# heads 2 and 3 the second. That makes the cache half as large.
+# Attention runs several times in a layer, each time with other queries, keys and values:
+# these are its *heads*. This Llama has 4 query heads, but only 2 key/value heads: query
+# heads 0 and 1 share the first, 2 and 3 the second. So there are half as many keys and
+# values to store (3.5).
 #
-# **Exercise 3.** Make of the `Hk` key heads `H` heads, so that each query head has its
-# own.
+# **Exercise 3.** Repeat the `Hk` key heads, so that each of the `H` query heads has its
+# own. The copies of one head are neighbours.
 
 
 # %% tags=["exercise"]
@@ -326,6 +365,7 @@ def share(k, H):
 
 # %%
 def attention(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
+    # llama.py sets enable_gqa: PyTorch then shares the heads. Here `share` does it.
     k, v = share(k, q.shape[1]), share(v, q.shape[1])
     scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
     if is_causal:
@@ -376,17 +416,21 @@ plt.show()
 # `complete` reads the whole prompt again for every new token. But keys and values of old
 # tokens do not change: no token sees a later one. So they are kept, in a `Cache`.
 #
-# `llm.hidden(x, cache, positions)` takes embeddings `x (B, T, D)` of *new* tokens only.
-# It returns the states and the cache, which it has extended. `positions (B, T)` says
-# where the new tokens are: Llama needs it for the rotation. `cache.length` is the number
-# of tokens in the cache.
+# The three parts of `llm(ids)`, for B texts and T *new* tokens of each:
+# * `llm.embed(ids)` makes embeddings `(B, T, D)` of ids `(B, T)`.
+# * `llm.hidden(embeddings, cache, positions)` returns two things: the states `(B, T, D)`
+#   of the new tokens, and the cache. It adds the new tokens to this cache. `positions (B,
+#   T)` says where they are, for the rotation.
+# * `llm.logits(states)` makes logits `(B, T, V)` of states.
 #
-# **Exercise 4.** One step for one new token.
+# `cache.length` is the number of tokens in the cache.
+#
+# **Exercise 4.** One step for one new token. Here B and T are 1.
 
 
 # %% tags=["exercise"]
 def next_logits(token, cache):
-    """Add one token to the cache, in place. -> logits of the token after it (V,)"""
+    """Add one token (an int) to the cache. -> logits of the token after it (V,)"""
     # BEGIN SOLUTION
     position = torch.tensor([[cache.length]])
     state, _ = llm.hidden(llm.embed(torch.tensor([[token]])), cache, position)
@@ -461,7 +505,7 @@ reveal(
     "times faster",
     times_faster,
     f"{without[-1] / with_cache[-1]:.0f}",
-    "a call has fixed costs, and small matrix products are slow",
+    "not 300: every call also has costs that do not depend on the number of tokens",
 )
 
 fig, ax = plt.subplots(figsize=(9, 2.4))
@@ -476,6 +520,7 @@ plt.show()
 # Meta's own Llama pairs the neighbours `2i` and `2i + 1`. Hugging Face's files have the
 # rows of the query and key matrices in another order, so that pairs are `i` and `i +
 # Dh/2`. Use the wrong pairs with these weights: all names and shapes fit. What happens?
+# (BLEU compares translations with references, and 100 means equal: see notebook 8.)
 
 
 # %%
@@ -510,8 +555,8 @@ for r, text in list(zip(some, wrong_texts))[:5]:
     print(f"{r.sentence} → {text}")
 
 # %% [markdown]
-# Words of the right subject, some of them in a wrong order or language. Who did not know
-# the right answer would blame the training. A test against the original program finds it.
+# It looks like a badly trained model, so you would search for the mistake in the training.
+# A comparison with the original program finds it.
 #
 # ## Recap
 # * RMSNorm divides by the length (up to a constant). Rotary positions turn pairs of
