@@ -6,8 +6,8 @@
 # (the prompt) first.
 #
 # After this notebook you can
-# 1. explain why the best next word can lead to a worse sentence, and show a clip where this
-#    happens;
+# 1. explain why the best next word can lead to a worse sentence, and look for a clip where
+#    this happens;
 # 2. write beam search, and prove that it is right on a language that is so small that you
 #    can list its sentences;
 # 3. measure what five beams cost and what they improve, on clean and on noisy speech.
@@ -106,14 +106,17 @@ reveal(
 # %% [markdown]
 # Why do we add log-probabilities and not multiply probabilities? A product of many small
 # numbers becomes 0 in floating point. The sum of their logarithms does not, and it has the
-# same order.
+# same order. The unit of natural logarithms is the *nat*.
 #
 # ## 7.2 Extend every beam by every token
 # Beam search keeps W unfinished sentences, the *beams*. One step extends every beam by
 # every token of the vocabulary V, and keeps the best of all W · V extensions. We keep 2W of
-# them: at most W can be ends, so at least W can continue.
+# them. There is one end token, so a beam has one extension that ends. At most W of the 2W
+# end, and at least W can continue.
 #
-# Here is the slow version. It defines the right result.
+# Here is the slow version. It defines the right result. `beam_total[w]` is the
+# log-probability of beam w so far, `log_probs[w, v]` that of token v after it. The *parent*
+# of an extension is the beam that it extends.
 
 
 # %%
@@ -131,7 +134,7 @@ def extend_slowly(beam_total, log_probs):
 
 # %% [markdown]
 # **Exercise 1 (12 minutes).** Write it without a loop. Add, flatten, call `topk`. Then
-# compute from each flat index which beam and which token it belongs to.
+# compute the parent and the token from each flat index.
 
 
 # %% tags=["exercise"]
@@ -222,14 +225,15 @@ print(max((a - b[0]).abs().max().item() for a, b in zip(yours, library)))
 # W**. A worse one is dropped. The best W extensions without an end token become the new
 # beams. These are the rules of the transformers library, and of ours.
 #
-# **Exercise 2 (15 minutes).** `answers[w]` is the list of the tokens of beam `w`. Return
-# the finished sentences and the new beams. Do not change `answers`.
+# **Exercise 2 (15 minutes).** `answers[w]` is the list of the tokens of beam `w`. Do not
+# change it. Return three things: the finished sentences, a list of (tokens without the end,
+# total); the totals of the new beams, a tensor (W,); the new beams, W lists of tokens.
+# Begin with `tolist()`: a token must be an int, because `tensor(0) in {0}` is False.
 
 
 # %% tags=["exercise"]
 def split_extensions(totals, parents, tokens, answers, W, end_ids):
-    """Return the finished sentences, [(tokens without the end, total), ...], and the new
-    beams: their totals (W,) and W lists of tokens."""
+    """totals, parents, tokens (2W,), best first -> finished, new_total, new_answers"""
     # BEGIN SOLUTION
     finished, beam_total, new_answers = [], [], []
     extensions = zip(totals.tolist(), parents.tolist(), tokens.tolist())
@@ -266,6 +270,11 @@ assert new_total.tolist() == [-1.0, -4.0], (
 assert new == [[6, 8], [5, 9]], (
     f"each beam continues its own parent: [6, 8] and [5, 9], not {new}"
 )
+assert all(type(ids[-1]) is int for ids in new), "a token must be an int, not a tensor"
+n_beams = len(
+    split_extensions(case[0], case[1], torch.tensor([8, 9, 7, 0]), old, 2, {0})[2]
+)
+assert n_beams == 2, f"three extensions have no end, but W is 2; {n_beams} beams continue"
 print("ok: one sentence is finished, and two beams continue")
 
 
@@ -277,6 +286,27 @@ def split_extensions(totals, parents, tokens, answers, W, end_ids):
         (total, [*answers[b], token]) for total, b, token in rows if token not in end_ids
     ][:W]
     return finished, torch.tensor([total for total, _ in new]), [ids for _, ids in new]
+
+
+# %% tags=["wrong"] expects="3 beams continue"
+def split_extensions(totals, parents, tokens, answers, W, end_ids):
+    rows = list(zip(totals.tolist(), parents.tolist(), tokens.tolist()))
+    finished = [(answers[b], total) for total, b, token in rows[:W] if token in end_ids]
+    new = [
+        (total, [*answers[b], token]) for total, b, token in rows if token not in end_ids
+    ]
+    return finished, torch.tensor([total for total, _ in new]), [ids for _, ids in new]
+
+
+# %% tags=["wrong"] expects="a token must be an int"
+def split_extensions(totals, parents, tokens, answers, W, end_ids):
+    rows = list(zip(totals.tolist(), parents, tokens))
+    finished = [
+        (answers[b], total) for total, b, token in rows[:W] if token.item() in end_ids
+    ]
+    new = [(total, b, token) for total, b, token in rows if token.item() not in end_ids][:W]
+    new_answers = [[*answers[b], token] for _, b, token in new]
+    return finished, torch.tensor([total for total, _, _ in new]), new_answers
 
 
 # %% tags=["wrong"] expects="continues its own parent"
@@ -313,7 +343,10 @@ def split_extensions(totals, parents, tokens, answers, W, end_ids):
 # %% [markdown]
 # ## 7.4 The whole search, and a proof
 # `next_log_probs` is all that the search needs from a model. It takes W beginnings and
-# returns log-probabilities (W, V). Read `search` and find your two functions in it.
+# returns log-probabilities (W, V). The *score* of a finished sentence is its
+# log-probability, divided by its number of tokens (the end is one of them). With
+# `length_penalty=0.0` it is the log-probability itself. Read `search` and find your two
+# functions in it.
 
 
 # %%
@@ -457,7 +490,11 @@ def piece(token):
     return model.tokenizer.decode([token]) or "</s>"
 
 
-greedy_path, beam_path = (search(reader(prompt), W, end_ids)[0][0][0] for W in (1, 5))
+(greedy_path, greedy_score), (beam_path, beam_score) = (
+    search(reader(prompt), W, end_ids)[0][0] for W in (1, 5)
+)
+print(f"1 beam:  score {greedy_score:.3f}  {model.tokenizer.decode(greedy_path)}")
+print(f"5 beams: score {beam_score:.3f}  {model.tokenizer.decode(beam_path)}")
 n_equal = next((i for i, (a, b) in enumerate(zip(greedy_path, beam_path)) if a != b), 0)
 beginning = model.tokenizer.decode(greedy_path[:n_equal])
 draw_tree(
@@ -466,7 +503,9 @@ draw_tree(
 
 # %% [markdown]
 # The figure begins where the sentence of greedy search and that of five beams become
-# different. Follow the numbers from step to step: when does the order change?
+# different (at the first step, if they are equal). Follow both sentences from step to step.
+# When do five beams drop that of greedy search? Or does it lose only at the end, by its
+# score?
 #
 # ## 7.6 What do beams cost, and what do they improve?
 # **Predict, then run.** We translate the same 96 clips again, clean and with white noise.
