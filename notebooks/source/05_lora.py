@@ -316,8 +316,9 @@ for part, size in parts.items():
 # that. "Low rank" is relative.
 #
 # ## 5.5 What do the two LoRAs of a trained model do?
-# Our trained model has rank 16 in both models. We switch each LoRA off by setting its
-# factor `scale` to 0, and do not train again. First listen to a clip and read.
+# Our trained model has a LoRA in the encoder and one in the LLM. We switch each of them off
+# by setting its factor `scale` to 0, and do not train again. First listen to a clip and
+# read.
 
 # %% tags=["slow"]
 model = load_trained_model()

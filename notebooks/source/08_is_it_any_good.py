@@ -504,8 +504,8 @@ ax.set(ylabel="times lost", title="words of the reference that the translations 
 plt.show()
 
 # %% [markdown]
-# A word that is lost every time is not lost by chance. How often is it in the training
-# table (`CORPUS / "fr" / "fr-en.tsv"`)? What does the model write instead?
+# Is a word lost every time? That is not chance. How often is it in the training table
+# (`CORPUS / "fr" / "fr-en.tsv"`)? What does the model write instead?
 #
 # ## 8.8 Break it
 # Three mistakes of evaluation. Each one runs without an error. (a) One side is in lower
