@@ -258,9 +258,9 @@ first = (mine - others).abs().gt(1e-4).nonzero()[0].item()
 reveal("changed", changed, f"{pieces[first]} and later", "no position sees a later one")
 
 # %% [markdown]
-# Nothing changes before the replaced token. Its own loss is larger: the model expected
-# the word that was said, and cannot see which word we wrote there. It is an input only
-# for the words after it.
+# Nothing changes before the replaced token. Its own loss changes, because another word is
+# now the right one. The probabilities at this position do not: the model cannot see which
+# word we wrote there. The word is an input only for the words after it.
 #
 # ## 4.4 Speech embeddings and word embeddings
 # The projector may put speech anywhere in the space of the LLM. Where does it put it? For
@@ -273,16 +273,32 @@ similarity = F.normalize(speech, dim=1) @ F.normalize(table, dim=1).T  # (S, V)
 best, nearest = similarity.max(dim=1)
 print(f"length of a speech embedding {speech.norm(dim=1).median():.1f} (median)")
 print(f"length of a word embedding {table.norm(dim=1).median():.1f}")
-print(f"cosine with the nearest word {best.median():.2f}")
+chance = torch.randn(speech.shape, generator=torch.Generator().manual_seed(0))
+best_by_chance = (F.normalize(chance, dim=1) @ F.normalize(table, dim=1).T).amax(dim=1)
+print(f"cosine with the nearest word {best.median():.2f}", end="")
+print(f" (of a random vector {best_by_chance.median():.2f})")
 words = [model.tokenizer.pieces.id_to_piece(i) for i in nearest.tolist()]
 for start in range(0, S, 15):
     print(f"{start / 50:4.1f} s  {' '.join(words[start : start + 15])}")
 
+print(f"\n{row.sentence} Its words in French, English, German and Spanish:")
+for same in (
+    "banque bank Bank banco",
+    "ferme closes schließt cierra",
+    "demain tomorrow morgen mañana",
+    "dix ten zehn diez",
+    "quart quarter Viertel cuarto",
+):
+    pieces_of_it = ["▁" + word for word in same.split()]
+    times = [f"{w} {i / 50:.2f}" for i, w in enumerate(words) if w in pieces_of_it]
+    print(f"{same}: {', '.join(times) or 'not there'}")
+
 # %% [markdown]
-# The sentence was: *La banque ferme demain à dix heures et quart.* Several of its words
-# are there, at about the right time, in one of the four languages that the LLM reads:
-# `zehn` is `dix`, `Viertel` is `quart`. Others are wrong. So speech embeddings are not
-# words. They lie in the neighbourhood of words.
+# The last lines say which words of the sentence are there, and at which time (in
+# seconds). The LLM reads four languages, so a translation of the word counts, too. Which
+# words are at about the right time? Which are missing? A cosine of 1 means the same
+# direction. Are speech embeddings words, or do they only lie nearer to words than random
+# vectors do?
 #
 # ## 4.5 Which sound is behind a word? (20 minutes)
 # Which speech positions does the LLM look at when it writes a word? `maps` has the
@@ -399,16 +415,18 @@ def draw_words_and_time(audio, title):
         title="0.1 s of silence there: how much less likely is the word?", xlabel="time (s)"
     )
     plt.show()
+    easy = [name for name, worst in zip(names, loss.amax(dim=1)) if worst < 0.7]
+    print("words that never lose half of their probability:", *easy)
 
 
 draw_words_and_time(audio, row.sentence)
 
 # %% [markdown]
-# The middle picture shows the first two layers, where the times can be seen best in this
-# model. In both pictures, many words have a bright place at the time when they are
-# spoken. (The rest of the attention is on the prompt and on the English words before.)
-# Words without a bright place in the lower picture, such as `at` and `past`, follow from
-# the words before them: the model does not need their sound.
+# The middle picture shows the first two layers. Look at others, too: change `maps[:2]`.
+# (The rest of the attention is on the prompt and on the English words before.) Has a
+# word a bright place at the time when it is spoken, in both pictures? The words that are
+# printed below the pictures follow from other words, or from sounds at several places:
+# no single silence takes them away.
 #
 # **Predict, then run.** The LLM gets only the first 0.4 s of the speech embeddings. Does
 # it stop in the middle of the sentence?
@@ -426,7 +444,7 @@ def translate_part(speech):
 
 for n in (10, 20, 30, 45, 60, S):
     print(f"first {n / 50:.1f} s: {translate_part(speech[:n])}")
-reveal("0.4 s", first_half, translate_part(speech[:20]), "it invents the rest")
+reveal("0.4 s", first_half, translate_part(speech[:20]), "was all of this said in 0.4 s?")
 
 # %% [markdown]
 # ## 4.6 Break it: other places, other instructions
@@ -449,6 +467,7 @@ variants = {
     "German in the instruction": ids_of_prompt(model, "st", "de", "en"),
     "transcribe": ids_of_prompt(model, "asr", "fr", "en"),
 }
+print("trained for", ", ".join(model.config.directions))
 for name, variant in variants.items():
     texts = [
         best[0].text
@@ -457,9 +476,10 @@ for name, variant in variants.items():
     print(f"{score(texts, references)['bleu']:5.1f}  {name}: {texts[0]}")
 
 # %% [markdown]
-# The model learned one place for the speech. It was trained only on French, so it never
-# had to read the name of the language. And it does transcribe if you ask: the output is
-# French, so BLEU against the English references is low, as it must be.
+# In training, the speech was always in the same place. A model that was trained for one
+# language never had to read the name of the language. With the instruction to
+# transcribe, the right output is French. So BLEU against the English references must be
+# low.
 #
 # ## 4.7 Your own voice
 # This model knows only the sentences of a phrasebook. `python tiny/phrasebook.py` prints
@@ -491,12 +511,12 @@ play(my_audio)
 # * The speech takes the place of one mark in the prompt: P = S + T - 1 positions.
 # * Every position predicts the next token; only answer tokens have a loss. The answer in
 #   the input is not cheating, because no position sees a later one.
-# * Speech embeddings keep their time. Attention and silence both find the sound of a
-#   word.
+# * Speech embeddings keep their time. Attention and silence are two ways to search the
+#   sound of a word.
 #
 # **Read next:** `LLaST.splice` and `LLaST.forward` in `llast.py`, `answer_row` in
 # `data.py`.
 #
-# **Open question:** the speech embeddings are much longer than word embeddings. Multiply
-# them by 0.1 and translate again. Why does it matter so little, or so much? (Think of
-# RMSNorm.)
+# **Open question:** compare the two lengths that 4.4 prints. Give the speech embeddings
+# the length of word embeddings and translate again. Why does it matter so little, or so
+# much? (Think of RMSNorm.)
