@@ -19,7 +19,6 @@ import random
 import signal
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +37,7 @@ from tqdm import tqdm
 from data import IGNORE, TEMPLATES, Batch, Batches, Row, describe_overlap, parse_directions
 from llast import LLaST, LLaSTConfig, digests_of, explain_out_of_memory, pick_device
 from lora import merge_lora
-from translate import SearchOptions, describe, metrics, read_splits, score_rows, translate
+from translate import SearchOptions, describe, metrics, read_splits, score_rows, translate_in_order
 from whisper_encoder import SAMPLE_RATE, WINDOWS, check_tensors, read_tensors
 
 HERE = Path(__file__).parent
@@ -155,27 +154,24 @@ PRESETS = {
         llm=WEIGHTS / "Llama-3.1-8B-Instruct", template="llama3",
     ),
 }  # fmt: skip
-DOWNLOADS = {  # name of a folder: (Hugging Face repository, files or options for `hf download`)
-    "whisper-base": ("openai/whisper-base", "config.json model.safetensors"),
-    "whisper-small": ("openai/whisper-small", "config.json model.safetensors"),
-    "whisper-large-v2": ("openai/whisper-large-v2", "config.json model.safetensors"),
-    "whisper-large-v3": ("openai/whisper-large-v3", "config.json model.safetensors"),
-    "SmolLM2-135M-Instruct": (
-        "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "config.json generation_config.json tokenizer.json model.safetensors",
-    ),
-    "Llama-3.2-1B-Instruct": ("meta-llama/Llama-3.2-1B-Instruct", "--exclude 'original/*'"),
-    "Llama-3.1-8B-Instruct": ("meta-llama/Llama-3.1-8B-Instruct", "--exclude 'original/*'"),
-    "TinyLlama-1.1B-Chat-v1.0": ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "--exclude '*.bin'"),
-    "Llama-2-7b-chat-hf": ("NousResearch/Llama-2-7b-chat-hf", "--exclude '*.bin'"),
-    "Llama-2-13b-chat-hf": ("NousResearch/Llama-2-13b-chat-hf", "--exclude '*.bin'"),
+DOWNLOADS = {  # name of a folder: arguments of `hf download`
+    "whisper-base": "openai/whisper-base config.json model.safetensors",
+    "whisper-small": "openai/whisper-small config.json model.safetensors",
+    "whisper-large-v2": "openai/whisper-large-v2 config.json model.safetensors",
+    "whisper-large-v3": "openai/whisper-large-v3 config.json model.safetensors",
+    "SmolLM2-135M-Instruct": "HuggingFaceTB/SmolLM2-135M-Instruct "
+    "config.json generation_config.json tokenizer.json model.safetensors",
+    "Llama-3.2-1B-Instruct": "meta-llama/Llama-3.2-1B-Instruct --exclude 'original/*'",
+    "Llama-3.1-8B-Instruct": "meta-llama/Llama-3.1-8B-Instruct --exclude 'original/*'",
+    "TinyLlama-1.1B-Chat-v1.0": "TinyLlama/TinyLlama-1.1B-Chat-v1.0 --exclude '*.bin'",
+    "Llama-2-7b-chat-hf": "NousResearch/Llama-2-7b-chat-hf --exclude '*.bin'",
+    "Llama-2-13b-chat-hf": "NousResearch/Llama-2-13b-chat-hf --exclude '*.bin'",
 }
 
 
 def download_command(folder: Path) -> str:
     """The command that downloads a public checkpoint to the folder where a preset expects it."""
-    name, files = DOWNLOADS[folder.name]
-    return f"hf download {name} {files} --local-dir {short(folder)}"
+    return f"hf download {DOWNLOADS[folder.name]} --local-dir {short(folder)}"
 
 
 def short(path: Path) -> str:
@@ -321,7 +317,8 @@ def dev_scores(model: LLaST, dev: Batches) -> dict[str, float]:
 def print_samples(model: LLaST, rows: list[Row]):
     """Print three dev clips with their reference and the translation of the model."""
     for row in random.Random(0).sample(rows, min(3, len(rows))):
-        [result] = translate(model, [row.path], "st", row.source, row.target, ONE_BEAM)
+        clip = [row.path]
+        [result] = translate_in_order(model, clip, "st", row.source, row.target, ONE_BEAM)
         layout = "    said      {}\n    expected  {}\n    got       {}"
         tqdm.write(layout.format(row.sentence, row.translation, result.text))
 
@@ -402,47 +399,26 @@ def wait_for_disk(path: Path):
 
 
 class StopSignals:
-    """SIGINT (Ctrl-C) and SIGTERM (from a scheduler) raise KeyboardInterrupt in the main thread.
+    """Remembers SIGINT (Ctrl-C) and SIGTERM (from a scheduler).
 
-    In a block `with STOP.held_back()`, the exception is raised at the end of the block. A second
-    signal ends the program at once.
+    A signal only sets `received`. An exception in the middle of a step could leave the weights and
+    the number of steps different. The loop looks at `received` between two steps, and the scoring
+    between two clips. A second signal ends the program at once.
     """
 
-    received, is_held_back = None, False
+    received = None
 
     def catch(self):
-        self.received, self.is_held_back = None, False
-        for name in ("SIGINT", "SIGTERM", "SIGALRM"):
-            if hasattr(signal, name):  # Windows has no SIGALRM
-                signal.signal(getattr(signal, name), self.handle)
+        self.received = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
 
     def handle(self, number, frame):
-        if number in (signal.SIGINT, signal.SIGTERM):
-            self.received = number
-        if n_ranks() > 1:
-            return  # all ranks stop together, see agree_on_step
-        for other in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(other, signal.SIG_DFL)
-        if self.is_held_back:
-            return
-        # While the main thread waits for another thread, an exception can leave a lock closed for
-        # ever. So try again in a moment, with SIGALRM.
-        modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_stack(frame)}
-        locks = {"threading", "concurrent.futures._base", "concurrent.futures.thread"}
-        if modules & locks and hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, 0.005)
-        else:
-            raise KeyboardInterrupt
-
-    @contextmanager
-    def held_back(self):
-        self.is_held_back = True
-        try:
-            yield
-        finally:
-            self.is_held_back = False
-        if self.received and n_ranks() == 1:
-            raise KeyboardInterrupt
+        self.received = number
+        if n_ranks() == 1:  # torchrun sends its own signal after that of the terminal
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.write(2, b"\nstopping soon; a second signal ends the program at once\n")
 
 
 STOP = StopSignals()
@@ -514,8 +490,8 @@ def train_epochs(
     sizes = [len(batches.groups(epoch)) for epoch in range(settings.epochs)]
     # The number of the last step of each epoch. The learning rate depends on the last of them.
     ends = list(accumulate(math.ceil(size / step_size) for size in sizes))
-    n_clips = len({row.path for row in batches.rows})
-    n_empty = n_bad = 0  # steps in a row without a readable clip, and without a finite gradient
+    n_clips = len({example.row.path for group in batches.groups(0) for example in group})
+    n_bad = 0  # steps in a row without a finite gradient
     for epoch, (start, end) in enumerate(zip([0, *ends], ends)):
         if state.step > end:
             continue  # this epoch was finished before the run was stopped
@@ -525,9 +501,8 @@ def train_epochs(
         for step_batches in prefetch(steps, in_thread=model.device.type == "cuda"):
             number = state.step + 1
             n_tokens = agree_on_step(step_batches, batches.skipped)
-            n_empty = 0 if n_tokens else n_empty + 1
-            check_failures(batches.skipped, n_clips, n_empty, settings.max_failed)
-            if not n_tokens:
+            check_failures(batches.skipped, n_clips, settings.max_failed)
+            if not n_tokens:  # no clip of this step can be read
                 state.step = number
                 continue
             lr = learning_rate(number, ends[-1], settings)
@@ -535,12 +510,11 @@ def train_epochs(
             gradient = compute_gradient(model, step_batches, n_tokens, settings.clip_norm)
             loss = sum(gather(gradient[0].sum().item())) / n_tokens
             step = Step(number, ends[-1], epoch + 1, lr, loss, *gradient, step_batches)
-            with STOP.held_back():  # so that the weights, `step` and the log always agree
-                if step.is_finite:
-                    state.update_weights(lr)
-                state.step = number
-                if after_step:
-                    after_step(step)
+            if step.is_finite:
+                state.update_weights(lr)
+            state.step = number
+            if after_step:
+                after_step(step)
             n_bad = 0 if step.is_finite else n_bad + 1
             if n_bad == 3:
                 raise ValueError("three steps in a row had no finite gradient; try a smaller --lr")
@@ -634,20 +608,14 @@ def prefetch(items: Iterator, in_thread: bool) -> Iterator:
             yield item
 
 
-def check_failures(failed: dict[Path, str], n_clips: int, empty_steps: int, max_share: float):
-    """Raise an error if too many clips of the run cannot be read, for example if a disk is lost.
-
-    Too many: three steps in a row without a clip, or more than five clips and more than max_share.
-    """
+def check_failures(failed: dict[Path, str], n_clips: int, max_share: float):
+    """Raise an error if too many clips of the run cannot be read, for example if a disk is lost."""
     share = len(failed) / n_clips
-    if empty_steps < 3 and (len(failed) <= 5 or share <= max_share):
-        return
-    reason, advice = f"but --max-failed is {max_share}", "repair them or raise the limit"
-    if empty_steps == 3:
-        reason, advice = "and three steps in a row have no clip", "repair them"
-    first = "".join(f"\n    {path}: {why}" for path, why in list(failed.items())[:5])
-    problem = f"{len(failed)} training clips ({share:.1%}) cannot be read, {reason}"
-    raise ValueError(f"{problem}; {advice}. The first:{first}")
+    if share == 1 or (len(failed) > 5 and share > max_share):
+        first = "".join(f"\n    {path}: {why}" for path, why in list(failed.items())[:5])
+        problem = f"{len(failed)} training clips ({share:.1%}) cannot be read"
+        advice = f"but --max-failed is {max_share}; repair them or raise the limit"
+        raise ValueError(f"{problem}, {advice}. The first:{first}")
 
 
 # ------------------------------------------------------------------------------------ several GPUs
@@ -715,15 +683,15 @@ def gather(value) -> list:
 def agree_on_step(batches: list[Batch], failed: dict[Path, str]) -> int:
     """Return the number of answer tokens in the batches of all ranks.
 
-    Also add to `failed` the clips that the other ranks could not read. If a rank got a signal to
-    stop, stop all ranks here, before the step.
+    Also add to `failed` the clips that the other ranks could not read. If a rank got a signal,
+    stop all ranks here, before the step.
     """
     n_tokens = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
     messages = gather((n_tokens, dict(failed), STOP.received))
     for _, others, signal_number in messages:
         failed |= others
         STOP.received = STOP.received or signal_number
-    if STOP.received and n_ranks() > 1:
+    if STOP.received:
         raise KeyboardInterrupt
     return sum(n for n, *_ in messages)
 
@@ -767,12 +735,19 @@ def shard_base(model: LLaST, device: torch.device, dtype: torch.dtype):
 
 def translate_share(model: LLaST, paths: list[Path], *args, **options) -> list:
     """Like translate(), but each rank translates a share of the clips. All get all results."""
-    if isinstance(model, FSDPModule):  # all ranks must call each layer together
-        return translate(model, paths, *args, **options)
-    results = [None] * len(paths)
-    for i, share in enumerate(gather(translate(model, my_share(paths), *args, **options))):
-        results[i :: n_ranks()] = share
-    return results
+    # With --shard, all ranks must call each layer together, so all translate all clips.
+    share = paths if isinstance(model, FSDPModule) else my_share(paths)
+    results = []
+    for result in translate_in_order(model, share, *args, **options):
+        if STOP.received and n_ranks() == 1:  # several ranks stop together, see agree_on_step
+            raise KeyboardInterrupt
+        results.append(result)
+    if share is paths:
+        return results
+    joined = [None] * len(paths)
+    for i, part in enumerate(gather(results)):
+        joined[i :: n_ranks()] = part
+    return joined
 
 
 # ------------------------------------------------------------------------------------------ the run
@@ -796,22 +771,20 @@ def run(args: argparse.Namespace) -> int:
         description = describe_run(args, settings, splits["train"], model.fingerprints)
         start_files(out, description, state)
         report = Report(state, description, model, dev, settings, out)
+        STOP.catch()  # an earlier signal ends the program at once, because nothing can be lost
         try:
             with report.bar:
                 train_epochs(model, batches, settings, report.after_step, report.after_epoch, state)
             for path, reason in (batches.skipped | dev.skipped).items():
                 print(f"left out, because it cannot be read: {path}: {reason}")
             finish(model, splits, settings, out, start_time)
-        except BaseException as error:
-            if STOP.received:
-                STOP.is_held_back = True  # a save must not be interrupted again
-                if state.step:
-                    report.save()  # also the model, so that it can be used
-                gather(None)  # torchrun ends all ranks when one has ended, so wait for rank 0
-                raise KeyboardInterrupt(saved_in(out)) from error
-            if isinstance(error, ValueError):
-                raise ValueError(f"{error}\n{saved_in(out)}") from error
-            raise
+        except KeyboardInterrupt:
+            if state.step:
+                report.save()  # also the model, so that it can be used
+            gather(None)  # torchrun ends all ranks when one has ended, so wait for rank 0
+            raise KeyboardInterrupt(saved_in(out)) from None
+        except (ValueError, OSError, SafetensorError) as error:
+            raise ValueError(f"{error}\n{saved_in(out)}") from error
     return 0
 
 
@@ -935,28 +908,28 @@ class Report:
 
     def __init__(self, state: TrainState, description: dict, model, dev: Batches, settings, out):
         self.state, self.description, self.model, self.dev = state, description, model, dev
-        self.settings, self.out, self.log_works = settings, out, True
-        self.saved_step = state.step
+        self.settings, self.out, self.saved_step = settings, out, state.step
         self.start_time = self.step_start = self.save_time = time.perf_counter()
         # disable=None: no progress bar if stderr is not a terminal
         self.bar = tqdm(initial=state.step, unit="step", leave=False, disable=None)
 
     def after_step(self, step: Step):
         paths = sum(gather([str(e.row.path) for batch in step.batches for e in batch.examples]), [])
-        loss, n_clips, now = step.loss, len(paths), time.perf_counter()
-        rate, self.step_start = n_clips / (now - self.step_start), now
+        now = time.perf_counter()
+        rate, self.step_start = len(paths) / (now - self.step_start), now
         self.bar.total = step.n_steps
         self.bar.update()
-        self.bar.set_postfix_str(f"loss {loss:.3f}, lr {step.lr:.1e}, {rate:.1f} clips/s")
+        self.bar.set_postfix_str(f"loss {step.loss:.3f}, lr {step.lr:.1e}, {rate:.1f} clips/s")
         line = {"step": step.number, "epoch": step.epoch}
         if step.is_finite:
-            line |= {"loss": round(loss, 5), "lr": step.lr, "grad_norm": round(step.grad_norm, 4)}
+            line |= {"loss": round(step.loss, 5), "lr": step.lr}
+            line["grad_norm"] = round(step.grad_norm, 4)
         else:
             line["skipped"] = paths
-            problem = f"its loss is {loss:.4g} and its gradient has length {step.grad_norm:.4g}"
+            problem = f"its loss is {step.loss:.4g}, its gradient norm is {step.grad_norm:.4g}"
             tqdm.write(f"step {step.number} is skipped: {problem}; check {', '.join(paths)}")
         line |= {"seconds": round(now - self.start_time, 2)}
-        self.log(line | {"clips": n_clips, "clips_per_second": round(rate, 1)})
+        self.log(line | {"clips": len(paths), "clips_per_second": round(rate, 1)})
         if now - self.save_time >= 60 * self.settings.save_minutes:
             self.save_state()
 
@@ -964,8 +937,7 @@ class Report:
     def save_state(self):
         """Save the state, unless it is already saved: after_epoch may have written to the log."""
         if self.state.step != self.saved_step:
-            log = self.out / "log.jsonl"
-            size = log.stat().st_size if log.is_file() else 0
+            size = (self.out / "log.jsonl").stat().st_size
             self.state.save(self.out / STATE, self.description | {"log_size": size})
             self.save_time, self.saved_step = time.perf_counter(), self.state.step
 
@@ -976,8 +948,7 @@ class Report:
         self.model.save_pretrained(self.out)
 
     def after_epoch(self, epoch: int):
-        with STOP.held_back():
-            self.save()
+        self.save()
         with explain_out_of_memory("on the dev clips", ADVICE_TRAINING):
             scores = dev_scores(self.model, self.dev)
             self.log({"step": self.state.step, "epoch": epoch} | scores)
@@ -988,14 +959,8 @@ class Report:
 
     @on_rank_0
     def log(self, line: dict):
-        """Add a line to log.jsonl. If the file cannot be written, print this once and continue."""
-        try:
-            with open(self.out / "log.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            if self.log_works:
-                tqdm.write(f"log.jsonl cannot be written ({error}); training goes on without it")
-            self.log_works = False
+        with open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def finish(model: LLaST, splits: dict, settings: Preset, out: Path, start_time: float):
@@ -1032,18 +997,15 @@ def main() -> int:
     # by default.
     sys.stdout.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args()
-    STOP.catch()
     try:
         with join_ranks():
             return run(args)
-    except BaseException as error:
-        if STOP.received:  # PyTorch can turn a KeyboardInterrupt into another error
-            if rank() == 0:
-                name = signal.Signals(STOP.received).name
-                print(f"\nstopped by {name}. {error}", file=sys.stderr)
-            return 128 + STOP.received
-        if not isinstance(error, (ValueError, OSError, SafetensorError, torch.OutOfMemoryError)):
-            raise
+    except KeyboardInterrupt as stop:
+        number = STOP.received or signal.SIGINT
+        if rank() == 0:
+            print(f"\nstopped by {signal.Signals(number).name}. {stop}", file=sys.stderr)
+        return 128 + number
+    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
         tqdm.write(f"train.py: {error}", file=sys.stderr)  # a progress bar may be on this line
         return 2
 

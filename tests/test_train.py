@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -64,6 +63,7 @@ def run(monkeypatch, *flags) -> int:
     monkeypatch.setattr(train, "SearchOptions", short)
     monkeypatch.setattr(train, "ONE_BEAM", short(beams=1))
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    monkeypatch.setattr(train.STOP, "received", None)  # forget the signal of an earlier run
     return train.main()
 
 
@@ -205,8 +205,8 @@ def test_a_notebook_trains_in_three_lines_without_files_and_output(
 
 
 def test_the_loss_falls(toy):
-    losses, rows = [], toy[1]
-    settings = replace(toy[0], llm=PRESETS["tiny"].llm, asr=0.0, batch=300, epochs=5)
+    losses, rows = [], toy[1][:6]
+    settings = replace(toy[0], llm=PRESETS["tiny"].llm, asr=0.0, batch=150, epochs=5)
     model, batches = new_model(settings, rows)
     train_epochs(model, batches, settings, lambda step: losses.append(step.losses.mean().item()))
     assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
@@ -281,18 +281,23 @@ def test_an_error_in_the_thread_is_raised_where_the_item_is_used():
         next(items_early)
 
 
-def test_three_steps_in_a_row_without_a_clip_end_the_training_row_22(toy, monkeypatch):
+def test_a_step_without_a_clip_is_left_out_and_an_epoch_without_one_ends_the_training_row_22(
+    toy, monkeypatch
+):
     settings, rows = toy
     settings = replace(settings, max_failed=1.0, batch=145, asr=0.0)
     model, batches = new_model(settings, rows)
     names = [[example.row.path.name for example in group] for group in batches.groups(0)]
-    lost = sum(names[2:4] + names[5:8], [])  # two steps in a row are not enough
-    lose(monkeypatch, lost)
     numbers = []
-    with pytest.raises(ValueError, match="three steps in a row have no clip") as error:
-        train_epochs(model, batches, settings, lambda step: numbers.append(step.number))
-    assert numbers == [1, 2, 5] and len(names) > 8
-    assert all(f"{name}: the disk lost it" in str(error.value) for name in lost[:5])
+    lose(monkeypatch, names[2] + names[4])
+    train_epochs(model, batches, settings, lambda step: numbers.append(step.number))
+    assert numbers == [n + 1 for n in range(len(names)) if n not in (2, 4)]
+
+    lose(monkeypatch, sum(names, []))
+    model, batches = new_model(settings, rows)
+    with pytest.raises(ValueError, match="training clips .100.0%. cannot be read") as error:
+        train_epochs(model, batches, settings, lambda step: pytest.fail("a step without a clip"))
+    assert str(error.value).count("the disk lost it") == 5
 
 
 def test_more_than_five_failed_clips_and_1_percent_end_the_training(toy, monkeypatch):
@@ -391,20 +396,16 @@ def test_a_read_only_folder_is_an_error_before_the_models_are_loaded_row_6(
     assert "Permission denied" in capsys.readouterr().err
 
 
-def test_a_log_that_cannot_be_written_is_reported_once_and_training_goes_on(
+def test_a_log_that_cannot_be_written_ends_the_run_with_a_message_row_5(
     monkeypatch, corpus, tmp_path, capsys
 ):
-    out, prepare = tmp_path / "run", train.start_files
+    def full(*_):
+        raise OSError(28, "No space left on device", "log.jsonl")
 
-    def lose_the_log(*args):
-        prepare(*args)
-        (out / "log.jsonl").unlink()
-        (out / "log.jsonl").mkdir()
-
-    monkeypatch.setattr(train, "start_files", lose_the_log)
-    assert run(monkeypatch, *flags_for(corpus, out)) == 0
-    assert capsys.readouterr().out.count("log.jsonl cannot be written") == 1
-    assert (out / "llast.json").is_file() and (out / "results.json").is_file()
+    monkeypatch.setattr(train.Report, "log", full)
+    assert run(monkeypatch, *flags_for(corpus, tmp_path / "run")) == 2
+    err = capsys.readouterr().err
+    assert "No space left on device: 'log.jsonl'" in err and "No model is saved in" in err
 
 
 def test_output_that_the_terminal_cannot_show_is_escaped(monkeypatch):
@@ -485,7 +486,7 @@ def test_out_of_memory_names_the_phase_and_the_options_that_help_row_31(
 
 
 @pytest.mark.parametrize(
-    ("factor", "problem"), [(math.nan, "its loss is nan"), (1e30, "its gradient has length inf")]
+    ("factor", "problem"), [(math.nan, "its loss is nan"), (1e30, "its gradient norm is inf")]
 )
 def test_a_step_that_is_not_finite_is_skipped_and_three_in_a_row_end_the_run_row_17(
     monkeypatch, corpus, tmp_path, capsys, factor, problem
@@ -531,7 +532,7 @@ def test_a_model_that_cannot_be_written_is_an_error(monkeypatch, corpus, tmp_pat
 
 def test_ctrl_c_leaves_a_model_that_works(corpus, tmp_path):
     out = tmp_path / "run"
-    flags = map(str, flags_for(corpus, out, "--epochs", 5000))
+    flags = map(str, flags_for(corpus, out, "--epochs", 100))
     process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags], stderr=subprocess.PIPE)
     log = out / "log.jsonl"
     deadline = time.monotonic() + 120
@@ -582,7 +583,7 @@ def test_compiled_layers_give_the_same_gradients_and_translations(toy, monkeypat
         losses = model.train()(batches.load(batches.groups(0)[0]))
         losses.sum().backward()
         gradients = [p.grad for p in model.parameters() if p.requires_grad]
-        paths, search = [row.path for row in toy[1][:3]], SearchOptions(2, max_new_tokens=4)
+        paths, search = [row.path for row in toy[1][:2]], SearchOptions(2, max_new_tokens=3)
         results.append((losses, gradients, translate(model, paths, search=search)))
     (plain, gradients, texts), (losses, others, same_texts) = results
     torch.testing.assert_close(losses, plain, rtol=1e-4, atol=1e-4)
@@ -719,45 +720,14 @@ def test_a_signal_saves_the_state_and_the_model_at_any_place_row_12(
     assert toys.run_results(out) == whole
 
 
-@pytest.mark.parametrize(("owner", "name"), [(LLaST, "fresh"), (LLaST, "forward")])
-def test_a_signal_that_another_library_turns_into_an_error_still_stops_the_run(
-    monkeypatch, command, tmp_path, whole, capsys, owner, name
-):
-    calls, function = [], getattr(owner, name)
+def test_ctrl_c_while_the_models_are_loaded_writes_no_model(monkeypatch, command, tmp_path, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
 
-    def interrupt(*args):
-        calls.append(name)
-        if name == "forward" and len(calls) < 5:
-            return function(*args)
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-        except KeyboardInterrupt:
-            raise RuntimeError("no shape") from None
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, interrupt)
-        assert run(patch, *command) == 143
-    assert "stopped by SIGTERM" in capsys.readouterr().err
-    assert (tmp_path / "run" / train.STATE).exists() == (name == "forward")
-    assert run(monkeypatch, *command) == 0
-    assert toys.run_results(tmp_path / "run") == whole
-
-
-def test_a_signal_does_not_interrupt_the_locks_of_python():
-    """Otherwise the lock of the future can stay closed, and the thread then waits for ever."""
-    values = []
-
-    def interrupt():
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.05)
-        return "a clip"
-
-    train.STOP.catch()
-    with pytest.raises(KeyboardInterrupt):
-        with ThreadPoolExecutor(1) as thread:
-            values.append(thread.submit(interrupt).result())
-        time.sleep(10)
-    assert values == ["a clip"]
+    monkeypatch.setattr(LLaST, "fresh", interrupt)
+    assert run(monkeypatch, *command) == 130
+    assert "stopped by SIGINT" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("*.safetensors"))
 
 
 def test_a_signal_waits_for_the_end_of_a_save_and_a_second_one_does_not_row_13(
