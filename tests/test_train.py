@@ -532,7 +532,7 @@ def test_a_model_that_cannot_be_written_is_an_error(monkeypatch, corpus, tmp_pat
 
 def test_ctrl_c_leaves_a_model_that_works(corpus, tmp_path):
     out = tmp_path / "run"
-    flags = map(str, flags_for(corpus, out, "--epochs", 100))
+    flags = map(str, flags_for(corpus, out, "--epochs", 3, "--batch", 145))
     process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags], stderr=subprocess.PIPE)
     log = out / "log.jsonl"
     deadline = time.monotonic() + 120
