@@ -105,7 +105,7 @@ class Preset:
     # CoVoST-2 after every epoch would be slow.
     dev_clips: int = 500
     # If more than this share of the training clips cannot be read, the training ends: the cause may
-    # be a lost disk, not a few broken files. Up to five such clips are always allowed.
+    # be a lost disk, not a few broken files. Up to five such clips are allowed, unless all fail.
     max_failed: float = 0.01
     # Minutes between two saves of the state (see TrainState), from which a stopped run continues.
     # Its file has three numbers for each trained parameter, so writing it can take a while.

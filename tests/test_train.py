@@ -720,6 +720,13 @@ def test_a_signal_saves_the_state_and_the_model_at_any_place_row_12(
     assert toys.run_results(out) == whole
 
 
+def test_a_signal_stops_the_training_at_the_end_of_the_step_row_12(monkeypatch, command, tmp_path):
+    at_step(monkeypatch, 3, send(signal.SIGTERM))
+    assert run(monkeypatch, *command) == 143
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
 def test_ctrl_c_while_the_models_are_loaded_writes_no_model(monkeypatch, command, tmp_path, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
