@@ -908,7 +908,7 @@ class Report:
 
     def __init__(self, state: TrainState, description: dict, model, dev: Batches, settings, out):
         self.state, self.description, self.model, self.dev = state, description, model, dev
-        self.settings, self.out, self.saved_step = settings, out, state.step
+        self.settings, self.out, self.saved_step, self.log_works = settings, out, state.step, True
         self.start_time = self.step_start = self.save_time = time.perf_counter()
         # disable=None: no progress bar if stderr is not a terminal
         self.bar = tqdm(initial=state.step, unit="step", leave=False, disable=None)
@@ -959,8 +959,14 @@ class Report:
 
     @on_rank_0
     def log(self, line: dict):
-        with open(self.out / "log.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        """Add a line to log.jsonl. If the file cannot be written, print this once and continue."""
+        try:
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            if self.log_works:
+                tqdm.write(f"log.jsonl cannot be written ({error}); training goes on without it")
+            self.log_works = False
 
 
 def finish(model: LLaST, splits: dict, settings: Preset, out: Path, start_time: float):

@@ -396,16 +396,20 @@ def test_a_read_only_folder_is_an_error_before_the_models_are_loaded_row_6(
     assert "Permission denied" in capsys.readouterr().err
 
 
-def test_a_log_that_cannot_be_written_ends_the_run_with_a_message_row_5(
+def test_a_log_that_cannot_be_written_is_reported_once_and_training_goes_on_row_5(
     monkeypatch, corpus, tmp_path, capsys
 ):
-    def full(*_):
-        raise OSError(28, "No space left on device", "log.jsonl")
+    out, prepare = tmp_path / "run", train.start_files
 
-    monkeypatch.setattr(train.Report, "log", full)
-    assert run(monkeypatch, *flags_for(corpus, tmp_path / "run")) == 2
-    err = capsys.readouterr().err
-    assert "No space left on device: 'log.jsonl'" in err and "No model is saved in" in err
+    def lose_the_log(*args):
+        prepare(*args)
+        (out / "log.jsonl").unlink()
+        (out / "log.jsonl").mkdir()
+
+    monkeypatch.setattr(train, "start_files", lose_the_log)
+    assert run(monkeypatch, *flags_for(corpus, out)) == 0
+    assert capsys.readouterr().out.count("log.jsonl cannot be written") == 1
+    assert (out / "llast.json").is_file() and (out / "results.json").is_file()
 
 
 def test_output_that_the_terminal_cannot_show_is_escaped(monkeypatch):
