@@ -30,6 +30,8 @@ def run_report(monkeypatch, results=None, last="") -> dict:
         monkeypatch.setattr(runs, "RESULTS", results)
     names = {"__name__": "report"}
     for cell in jupytext.read(EXPERIMENTS / "report.py", fmt="py:percent").cells:
+        if results and cell.source.startswith("conclude("):
+            continue  # the sentences have the numbers of the real file
         if cell.cell_type == "code":
             exec(compile(cell.source, "<report>", "exec"), names)
         if last and last in cell.source:
