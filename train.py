@@ -609,7 +609,10 @@ def prefetch(items: Iterator, in_thread: bool) -> Iterator:
 
 
 def check_failures(failed: dict[Path, str], n_clips: int, max_share: float):
-    """Raise an error if too many clips of the run cannot be read, for example if a disk is lost."""
+    """Raise an error if too many clips of the run cannot be read, for example if a disk is lost.
+
+    Too many: all of them, or more than five clips and more than the share max_share.
+    """
     share = len(failed) / n_clips
     if share == 1 or (len(failed) > 5 and share > max_share):
         first = "".join(f"\n    {path}: {why}" for path, why in list(failed.items())[:5])

@@ -193,6 +193,7 @@ def read_run(folder: Path) -> dict:
 
 
 def test_scores(folder: Path, direction: str) -> dict:
+    """The scores of the test translations that train.py wrote."""
     columns = "hypothesis", "reference"
     rows = [row for _, row in read_table(folder / f"test.{direction}.tsv", columns)]
     texts, references = ([row[column] for row in rows] for column in columns)
