@@ -559,7 +559,7 @@ def choose_direction(model: LLaST, lang: str | None, folder: Path, task: str) ->
 def add_options(parser: argparse.ArgumentParser):
     """Add the options of both translate.py and tools/evaluate.py."""
     add = parser.add_argument
-    add("--model", type=Path, help="folder of a trained model [the newest in runs/, or tiny/model]")
+    add("--model", type=Path, help="folder of a trained model [newest in runs/, or tiny/model]")
     add("--beams", type=int, default=5, help="number of beams [5]; 1 is greedy search")
     add("--length-penalty", type=float, default=1.0, help="above 1 prefers longer answers [1]")
     add("--max-new-tokens", type=int, default=256, help="longest answer, in tokens [256]")
@@ -587,10 +587,10 @@ def load_model(args: argparse.Namespace) -> tuple[LLaST, Path]:
     """Load the trained model and merge its LoRA. Return it with its folder."""
     folder = args.model
     if not folder:
-        saved = sorted((HERE / "runs").glob("*/llast.json"), key=lambda path: path.stat().st_mtime)
-        folder = saved[-1].parent if saved else HERE / "tiny" / "model"
-        kind = "newest" if saved else "included"
-        print(f"no --model: using the {kind} one, {folder}", file=sys.stderr)
+        runs = (HERE / "runs").glob("*/results.json")  # written by finished runs
+        newest = max(runs, key=lambda file: file.stat().st_mtime, default=None)
+        folder = newest.parent if newest else HERE / "tiny" / "model"
+        print(f"no --model: using {folder}", file=sys.stderr)
     device, dtype, _ = pick_device(args.dtype)
     with explain_out_of_memory("while loading the model", "use a smaller model"):
         model = LLaST.from_pretrained(folder, args.encoder, args.llm, device, dtype)

@@ -410,9 +410,11 @@ class SelfAttention(nn.Module):
         q = self.q_proj(x[:, :n]).view(B, -1, H, Da // H).transpose(1, 2)  # (B, H, n, Dh)
         k = self.k_proj(x).view(B, S, H, Da // H).transpose(1, 2)  # (B, H, S, Dh)
         v = self.v_proj(x).view(B, S, H, Da // H).transpose(1, 2)  # (B, H, S, Dh)
+        if x.device.type == "cpu":
+            # On a CPU, the backward pass of attention is much slower in bfloat16 than in float32.
+            q, k, v = q.float(), k.float(), v.float()
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=can_attend)  # (B, H, n, Dh)
-        y = y.transpose(1, 2).flatten(2)  # (B, n, Da)
-        return self.out_proj(y)
+        return self.out_proj(y.transpose(1, 2).flatten(2).to(x.dtype))  # (B, n, Da)
 
 
 class EncoderLayer(nn.Module):
@@ -474,8 +476,7 @@ class WhisperEncoder(nn.Module):
             mel = torch.where(is_frame, mel, 0)  # (B, M, 2S)
 
         x = F.gelu(self.conv1(mel))  # (B, Da, 2S)
-        x = F.gelu(self.conv2(x)).transpose(1, 2)  # (B, S, Da)
-        x = x + self.embed_positions.weight[:S]
+        x = F.gelu(self.conv2(x)).transpose(1, 2) + self.embed_positions.weight[:S]  # (B, S, Da)
         for layer in self.layers:
             last_n = n if layer is self.layers[-1] else None
             if self.recompute and torch.is_grad_enabled():

@@ -878,18 +878,20 @@ def test_mistakes_give_exit_code_2_and_a_message_with_what_to_do(command, quick,
         assert err.startswith("translate.py: ") and answer in err and err.count("\n") == 1
 
 
-def test_without_model_the_newest_run_or_the_included_model_is_used_and_named(
+def test_without_model_the_newest_finished_run_or_the_included_model_is_used_and_named(
     command, made, clips, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(translate, "HERE", tmp_path)
     toys.save_model(made, tmp_path / "tiny" / "model")
     code, lines, err = command("--max-new-tokens", 2, clips / "good0.wav")
     assert code == 0 and len(lines) == 1
-    assert err == f"no --model: using the included one, {tmp_path / 'tiny' / 'model'}\n"
+    assert err == f"no --model: using {tmp_path / 'tiny' / 'model'}\n"
 
+    toys.save_model(made, tmp_path / "runs" / "not-finished")
     for age, name in enumerate(["b", "c", "a"]):
         toys.save_model(made, tmp_path / "runs" / name)
-        os.utime(tmp_path / "runs" / name / "llast.json", (10_000 - age, 10_000 - age))
+        (tmp_path / "runs" / name / "results.json").write_text("{}")
+        os.utime(tmp_path / "runs" / name / "results.json", (10_000 - age, 10_000 - age))
     code, lines, err = command("--max-new-tokens", 2, clips / "good0.wav")
     assert code == 0 and len(lines) == 1
-    assert err == f"no --model: using the newest one, {tmp_path / 'runs' / 'b'}\n"
+    assert err == f"no --model: using {tmp_path / 'runs' / 'b'}\n"

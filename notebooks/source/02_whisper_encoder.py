@@ -147,7 +147,11 @@ plt.show()
 # The result is the weighted sum of the values.
 #
 # `attn_mask` is None or says with True which keys may be used. Other keys get the weight
-# 0. The slow way, for one head:
+# 0.
+#
+# All this is done by 8 *heads* side by side, each with its own 64 of the 512 numbers of
+# every query, key and value. So `Dh` is 64, and a state can look at several places for
+# different reasons. The slow way, for one head:
 
 
 # %%

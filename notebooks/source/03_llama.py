@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 3 · Llama: a decoder whose parts you can write yourself
 #
-# **90 minutes**, of which the computer needs less than one. This notebook explains
+# **105 minutes**, of which the computer needs less than one. This notebook explains
 # `llama.py`. Do notebook 2 (attention) first.
 #
 # After this notebook you can

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 7 · Beam search: how the model chooses a sentence
 #
-# **75 minutes**, of which the computer needs less than 3. This notebook explains
+# **90 minutes**, of which the computer needs less than 3. This notebook explains
 # `beam_search` and `extend` in `translate.py`. Do notebooks 3 (Llama and its cache) and 4
 # (the prompt) first.
 #
