@@ -591,6 +591,8 @@ def test_a_whisper_in_shards_is_the_same(folder, tmp_path):
 def test_weights_have_the_precision_that_the_caller_names(folder):
     encoder = WhisperEncoder.from_pretrained(folder, torch.bfloat16)
     assert {p.dtype for p in encoder.parameters()} == {torch.bfloat16}
+    mel = torch.zeros(1, encoder.config.num_mel_bins, 8, dtype=torch.bfloat16)
+    assert encoder(mel).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("fault", FAULTS | INTEGERS)
