@@ -1,72 +1,154 @@
-"""BLEU on human speech and on the phrasebook: whisper-base alone, and trained models.
+"""BLEU of the preset base on the phrasebook and on human speech, next to whisper-base alone.
 
     python tools/prepare.py voice-prompts --lang fr --out corpus
-    python benchmarks/speech.py --models runs/reproduce-base/seed0 runs/reproduce-base/seed1
+    pip install -r benchmarks/requirements.txt
+    python benchmarks/speech.py --seeds 0 1 2
+
+For each seed, three models are trained in runs/speech, with the frozen weights in bfloat16:
+
+base        train.py --preset base, on the phrasebook
+prompts     base, trained further on the prompts
+projector   the same, but the LoRAs stay as they are
 
 whisper-base can translate by itself, with its own decoder (here run by faster-whisper). It is the
-baseline for models with its encoder. Every score goes into speech.json at once, and a score that is
-there is not computed again. So the script can be stopped, and models can be added later. It also
-writes the table in README.md.
+baseline for models with its encoder. Every training and every score goes into speech.json at once,
+and is not repeated if it is there. So the script can be stopped, and seeds can be added later. It
+also writes the tables in README.md.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from statistics import mean
 
 import torch
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
 
-from benchmarks.measure import write_below  # noqa: E402
+import train  # noqa: E402
+from benchmarks.measure import memory_line, write_below  # noqa: E402
 from data import Row, read_corpus  # noqa: E402
 from llast import LLaST  # noqa: E402
 from lora import merge_lora  # noqa: E402
 from tools.evaluate import cascade  # noqa: E402
-from train import PRESETS  # noqa: E402
 from translate import SearchOptions, score, translate  # noqa: E402
 
 RESULTS = HERE / "speech.json"
+MODELS = ROOT / "runs" / "speech"
+BASE = train.PRESETS["base"]
+# The prompts are only a quarter as many clips as the phrasebook, so they need more passes. The
+# projector already knows where the words of the LLM are, so a lower learning rate is enough.
+FURTHER = replace(BASE, epochs=6, lr=BASE.lr / 2)
+PARTS = {"prompts": ("speech_encoder", "projector", "llm"), "projector": ("projector",)}
+WHISPER = {"whisper-base, greedy": 1, "whisper-base, 5 beams": 5}  # name: beams
+SCORED = {  # test set: systems that translate it, all but the first with five beams
+    "phrasebook": (*WHISPER, "base", "prompts"),
+    "prompts": (*WHISPER, "base", "prompts", "prompts, cascade", "projector"),
+}
 
 
-def whisper_systems(folder: Path) -> dict:
+# ---------------------------------------------------------------------------------------- training
+
+
+def train_base(seed: int, out: Path) -> list[dict]:
+    """Train on the phrasebook, as train.py does. A training that was stopped continues."""
+    options = f"--preset base --dtype bfloat16 --seed {seed} --out".split()
+    if not (out / "results.json").is_file():
+        train.run(train.build_parser().parse_args([*options, str(out)]))
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    losses = {line["epoch"]: [] for line in log}
+    for line in log:
+        losses[line["epoch"]] += [line["loss"]] if "loss" in line else []
+    return [pass_of(losses[line["epoch"]], line) for line in log if "dev_loss" in line]
+
+
+def train_further(parts: tuple, prompts: Path, source: Path, seed: int, out: Path) -> list[dict]:
+    """Train these parts of the model in the folder `source` on the prompts."""
+    rows, losses, passes = read_corpus(prompts, "fr", "en")[0], [], []
+    model = LLaST.from_pretrained(source, dtype=torch.bfloat16)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, p in trained.items():
+        p.requires_grad_(name.startswith(parts))
+    batches = train.make_batches(model, rows["train"], FURTHER, seed)
+    dev = train.make_batches(model, rows["dev"], replace(FURTHER, asr=0.0), seed)
+
+    def after_epoch(number):
+        passes.append(pass_of(losses, train.dev_scores(model, dev)))
+        losses.clear()
+        print(out.name, passes[-1], flush=True)
+
+    train.train_epochs(model, batches, FURTHER, lambda step: losses.append(step.loss), after_epoch)
+    for p in trained.values():
+        p.requires_grad_(True)  # only such tensors are saved
+    model.save_pretrained(out)
+    return passes
+
+
+def pass_of(losses: list[float], scores: dict) -> dict:
+    """What happened in one pass: mean loss of its steps, dev loss and dev BLEU after it."""
+    return {"loss": round(mean(losses), 3)} | {k: v for k, v in scores.items() if "dev" in k}
+
+
+def run_training(function, out: Path) -> dict:
+    """Run a training in a process of its own. Returns its passes, its time and its memory."""
+    start = time.time()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        passes, peak = process.submit(with_peak, function, out).result()
+    cost = {"seconds": round(time.time() - start), "peak_gb": round(peak / 1e9, 2)}
+    return cost | {"threads": torch.get_num_threads(), "passes": passes}
+
+
+def with_peak(function, out: Path) -> tuple:
+    return function(out=out), memory_line("VmHWM")
+
+
+# ----------------------------------------------------------------------------------------- systems
+
+
+def whisper_systems() -> dict:
     """{name: a function that translates rows} for whisper-base with one and with five beams."""
     from ctranslate2.converters import TransformersConverter
     from faster_whisper import WhisperModel
 
     with tempfile.TemporaryDirectory() as converted:
-        converter = TransformersConverter(str(folder), copy_files=["tokenizer.json"])
+        converter = TransformersConverter(str(BASE.encoder), copy_files=["tokenizer.json"])
         converter.convert(f"{converted}/whisper-base")
         model = WhisperModel(f"{converted}/whisper-base", "cpu", compute_type="float32")
 
-    def system(beams: int):
+    def system(beams: int, rows: list[Row]) -> list[str]:
         # Temperature 0: by default it tries again at higher ones, with other answers each time.
         options = {"language": "fr", "task": "translate", "beam_size": beams, "temperature": 0}
-        return lambda rows: [
+        return [
             "".join(part.text for part in model.transcribe(str(row.path), **options)[0]).strip()
             for row in rows
         ]
 
-    return {"whisper-base, greedy": system(1), "whisper-base, 5 beams": system(5)}
+    return {name: partial(system, beams) for name, beams in WHISPER.items()}
 
 
-def trained_systems(folder: Path) -> dict:
+def trained_systems(name: str, folder: Path) -> dict:
     """{name: a function that translates rows} for a trained model, directly and as a cascade."""
-    model, name = LLaST.from_pretrained(folder), folder.name
+    model = LLaST.from_pretrained(folder, dtype=torch.bfloat16)
     merge_lora(model)
-    languages = "fr", "en", SearchOptions()
 
-    def direct(rows):
-        return [r.text for r in translate(model, [row.path for row in rows], "st", *languages)]
+    def system(translator, rows: list[Row]) -> list[str]:
+        return [result.text for result in translator(model, [row.path for row in rows])]
 
-    def two_steps(rows):
-        return [r.text for r in cascade(model, [row.path for row in rows], *languages)]
+    def two_steps(model, paths):
+        return cascade(model, paths, "fr", "en", SearchOptions())
 
-    systems = {f"{name}, 5 beams": direct}
-    return systems | ({f"{name}, cascade": two_steps} if "asr" in model.config.tasks else {})
+    one_step = partial(translate, source="fr", target="en")
+    return {name: partial(system, one_step), f"{name}, cascade": partial(system, two_steps)}
 
 
 def run(system, rows: list[Row]) -> dict:
@@ -74,49 +156,98 @@ def run(system, rows: list[Row]) -> dict:
     start = time.process_time()
     texts = system(rows)
     scores = score(texts, [row.translation for row in rows], n_bootstrap=1000)
-    return scores | {"cpu_seconds": round(time.process_time() - start, 1)}
+    return scores | {"cpu_seconds": round(time.process_time() - start, 1), "first": texts[:3]}
 
 
-def table_lines(results: dict) -> list[str]:
-    names = "test set", "system", "clips", "BLEU", "95 % interval", "lower-cased", "chrF", "CPU s"
+# ------------------------------------------------------------------------------------------ tables
+
+
+def training_lines(results: dict) -> list[str]:
+    """One row for each training: its time, its memory, and its scores after each pass."""
+    names = "model", "seed", "minutes", "peak GB", "loss of each pass", "dev loss", "dev BLEU"
     lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
-    for key, r in results.items():
-        low, high = r["bleu_interval"]
-        lines.append(
-            f"| {' | '.join(key.split(': '))} | {r['n']} | {r['bleu']:.1f} | {low:.1f} to "
-            f"{high:.1f} | {r['bleu_lc']:.1f} | {r['chrf']:.1f} | {r['cpu_seconds']:,.0f} |"
+    for name, r in sorted(results["trainings"].items()):
+        curves = (
+            ", ".join(f"{line[key]:.{digits}f}" for line in r["passes"])
+            for key, digits in (("loss", 2), ("dev_loss", 2), ("dev_bleu fr-en", 1))
         )
-    signatures = {r["signature"] for r in results.values()}
+        cells = *name.split("-"), f"{r['seconds'] / 60:.0f}", f"{r['peak_gb']:.1f}", *curves
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def score_lines(results: dict) -> list[str]:
+    """One row for each system and test set, with the scores of all its seeds."""
+    names = "test set", "system", "BLEU of each seed (95 % interval)", "mean", "chrF", "CPU s"
+    lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
+    for key, seeds in sorted(results["scores"].items()):
+        bleus = (
+            f"{r['bleu']:.1f} ({{:.1f}} to {{:.1f}})".format(*r["bleu_interval"])
+            for r in seeds.values()
+        )
+        means = (f"{mean(r[key] for r in seeds.values()):.1f}" for key in ("bleu", "chrf"))
+        seconds = f"{mean(r['cpu_seconds'] for r in seeds.values()):.0f}"
+        lines.append(f"| {' | '.join((*key.split(': '), ', '.join(bleus), *means, seconds))} |")
+    signatures = {r["signature"] for seeds in results["scores"].values() for r in seeds.values()}
     return [*lines, "", f"Signature: {', '.join(sorted(signatures))}"]
+
+
+def save(results: dict):
+    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+    RESULTS.with_suffix(".tmp").write_text(text, encoding="utf-8")
+    os.replace(RESULTS.with_suffix(".tmp"), RESULTS)
+    write_below("speech", [*training_lines(results), "", *score_lines(results)])
+
+
+# --------------------------------------------------------------------------------------------- run
+
+
+def train_all(results: dict, prompts: Path, seeds: list[int]):
+    for seed in seeds:
+        base = MODELS / f"base-{seed}"
+        trainings = {"base": partial(train_base, seed)}
+        trainings |= {k: partial(train_further, v, prompts, base, seed) for k, v in PARTS.items()}
+        for name, function in trainings.items():
+            if f"{name}-{seed}" not in results["trainings"]:
+                training = run_training(function, MODELS / f"{name}-{seed}")
+                results["trainings"][f"{name}-{seed}"] = training
+                save(results)
+
+
+def score_all(results: dict, tests: dict[str, list[Row]], seeds: list[int]):
+    models = [("whisper-base", "0", whisper_systems)]  # it is not trained, so it has no seed
+    for name in ("base", *PARTS):
+        folders = {str(seed): MODELS / f"{name}-{seed}" for seed in seeds}
+        models += [(name, seed, partial(trained_systems, name, f)) for seed, f in folders.items()]
+    places = [(test, name) for test, names in SCORED.items() for name in names]
+    for model, seed, load in models:
+        todo = [
+            (test, name)
+            for test, name in places
+            if name.startswith(model) and seed not in results["scores"].get(f"{test}: {name}", {})
+        ]
+        systems = load() if todo else {}
+        for test, name in todo:
+            scores = run(systems[name], tests[test])
+            results["scores"].setdefault(f"{test}: {name}", {})[seed] = scores
+            print(f"{test}, {name}, seed {seed}: BLEU {scores['bleu']}", flush=True)
+            save(results)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--prompts", type=Path, default=HERE.parent / "corpus", help="corpus of voice prompts")
-    add("--models", type=Path, nargs="*", default=[], help="trained models of the preset base")
-    names = "prompts", "phrasebook"
-    add("--tests", nargs="+", choices=names, default=names, help="test sets [both]")
+    add("--prompts", type=Path, default=ROOT / "corpus", help="corpus of voice prompts [corpus]")
+    add("--seeds", type=int, nargs="*", default=[0, 1, 2], help="[0 1 2]; none: only whisper-base")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    base = PRESETS["base"]
     tests = {
         "prompts": read_corpus(args.prompts, "fr", "en")[0]["test"],
-        "phrasebook": read_corpus(base.data, "fr", "en")[0]["test"],
+        "phrasebook": read_corpus(BASE.data, "fr", "en")[0]["test"],
     }
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    sources = [lambda: whisper_systems(base.encoder)]
-    sources += [lambda folder=folder: trained_systems(folder) for folder in args.models]
-    for source in sources:
-        for name, system in source().items():
-            for test in args.tests:
-                key, rows = f"{test}: {name}", tests[test]
-                if key not in results:
-                    results[key] = run(system, rows)
-                    text = json.dumps(results, indent=1, ensure_ascii=False)
-                    RESULTS.write_text(text + "\n", encoding="utf-8")
-                    print(key, results[key]["bleu"], flush=True)
-                    write_below("speech", table_lines(dict(sorted(results.items()))))
+    empty = {"trainings": {}, "scores": {}}
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else empty
+    train_all(results, args.prompts, args.seeds)
+    score_all(results, tests, args.seeds)
 
 
 if __name__ == "__main__":
