@@ -2,7 +2,7 @@
 
     python tiny/tables.py
 
-A table is between <!-- NAME --> and <!-- end --> in the README. tests/test_tables.py checks that
+A table is between <!-- NAME --> and <!-- end --> in the README. tests/test_measure.py checks that
 the tables in the README are those of the files.
 """
 
