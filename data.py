@@ -92,8 +92,9 @@ def parse_direction(text: str) -> tuple[str, str]:
     """Return (source, target) of "fr" (into English), "fr-en" or "en-zh-CN"."""
     if text == "en":
         raise ValueError("the direction 'en' has no target language; write it, as in en-de")
-    # "zh-CN" has a hyphen, but it is one language.
-    if text not in LANGUAGES and "-" in text and text.split("-").count("en") != 1:
+    # "zh-CN" has a hyphen, but it is one language. For "zh-cn", check_language gives a hint.
+    is_code = text.lower() in map(str.lower, LANGUAGES)
+    if not is_code and "-" in text and text.split("-").count("en") != 1:
         raise ValueError(f"{text}: exactly one side has to be English, as in fr-en or en-de")
     if text.startswith("en-"):
         return "en", check_language(text.removeprefix("en-"))
@@ -192,9 +193,7 @@ def path_inside(name: str, clips: Path, files: set[str], place: str) -> str:
     folder = os.path.realpath(clips) + os.sep
     is_unsafe = "\0" in name or ".." in Path(name).parts
     if is_unsafe or not os.path.realpath(clips / name).startswith(folder):
-        raise ValueError(
-            f"{place}: the path {name!r} is not inside the audio folder {clips}; move it there"
-        )
+        raise ValueError(f"{place}: the path {name!r} is not inside {clips}; move the clip there")
     return Path(name).as_posix()
 
 
@@ -233,7 +232,7 @@ def read_corpus(root, source: str, target: str) -> tuple[dict, list]:
     """Read the table of one direction. Return {split: rows} and [(split, reason), ...].
 
     The second result has an entry for each row that cannot be used. A clip is opened only if its
-    row has no seconds, or if it is a link. An error in the table is a ValueError.
+    row has no seconds or 0, or if it is a link. An error in the table is a ValueError.
     """
     # Python's garbage collection would search all rows again and again while they are made.
     gc.disable()
@@ -274,12 +273,13 @@ def read_rows(table: Path, clips: Path, source: str, target: str) -> tuple[dict,
 def clip_seconds(path: Path, cell: str, place: str, is_listed: bool) -> tuple[float, str]:
     """Return the length of a clip, and why it cannot be used: "" if it can.
 
-    `cell` has its seconds in the table, or is "". `is_listed`: the clip is one of list_files.
+    `cell` has its seconds in the table. If it is "" or 0, they are read from the file. `is_listed`:
+    the clip is one of list_files.
     """
     if not re.fullmatch(r"(\d+\.?\d*(e-\d+)?)?", cell):
         raise ValueError(f"{place}: seconds is {cell!r}; write a number such as 2.5, or nothing")
     try:
-        seconds = float(cell) if cell and is_listed else audio_seconds(path)
+        seconds = (float(cell or 0) if is_listed else 0) or audio_seconds(path)
     except AudioError as error:
         return 0.0, str(error)
     return seconds, "" if seconds else f"{path}: the clip has no samples"
@@ -443,14 +443,12 @@ def group(examples: list, size_of, budget: int, seed: int, epoch: int) -> list[l
     window = 50 * max(1, budget // max(1, longest))
     batches = []
     for start in range(0, len(examples), window):
-        batch = []
+        batches.append([])
         for example in sorted(examples[start : start + window], key=size_of):
-            # This example is the longest so far, because they are sorted.
-            if batch and size_of(example) * (len(batch) + 1) > budget:
-                batches.append(batch)
-                batch = []
-            batch.append(example)
-        batches.append(batch)
+            # This example is the longest of its batch, because they are sorted.
+            if batches[-1] and size_of(example) * (len(batches[-1]) + 1) > budget:
+                batches.append([])
+            batches[-1].append(example)
     rng.shuffle(batches)
     return batches
 
@@ -533,6 +531,8 @@ class Batches:
         audio = self.decoded.get(path)
         if audio is None:
             audio = load_audio(path)
+            if len(audio) > MAX_SECONDS * SAMPLE_RATE:  # its seconds in the table are wrong
+                raise AudioError(path, f"over {MAX_SECONDS} s; correct its seconds in the table")
             if self.decoded_bytes + audio.nbytes <= CACHE_BYTES:
                 self.decoded[path] = audio
                 self.decoded_bytes += audio.nbytes

@@ -23,7 +23,7 @@ import re
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, update_wrapper
 from pathlib import Path
 
 import soundfile
@@ -182,7 +182,7 @@ def in_thread(read):
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(read, Path(path)).result()
 
-    return run
+    return update_wrapper(run, read)  # run gets the name and the docstring of read
 
 
 @in_thread

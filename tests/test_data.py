@@ -96,6 +96,7 @@ def test_all_means_covost_and_paper_means_the_directions_of_the_paper():
         ("zh-CN-de", "exactly one side has to be English"),
         ("en-en", "exactly one side has to be English"),
         ("zh", "did you mean 'zh-CN'"),
+        ("zh-cn", "did you mean 'zh-CN'"),
         ("zh-TW", "zh-TW: exactly one side has to be English"),
         ("en-zh", "unknown language 'zh'; did you mean 'zh-CN'"),
         ("sv-en", "unknown language 'sv'; did you mean 'sv-SE'"),
@@ -254,7 +255,8 @@ def test_rows_that_cannot_be_used_are_named_with_the_reason(corpus):
         assert split == expected and re.search(pattern, line), line
 
 
-def test_only_clips_without_seconds_are_opened(corpus, monkeypatch):
+@pytest.mark.parametrize("cell", ["", "0"])
+def test_only_clips_without_seconds_are_opened(corpus, monkeypatch, cell):
     opened = []
 
     def audio_seconds(path):
@@ -262,7 +264,7 @@ def test_only_clips_without_seconds_are_opened(corpus, monkeypatch):
         return 0.25
 
     monkeypatch.setattr(data, "audio_seconds", audio_seconds)
-    rows = [("train.wav", "a", "b", "train", "0.5"), ("dev.wav", "a", "b", "dev", "")]
+    rows = [("train.wav", "a", "b", "train", "0.5"), ("dev.wav", "a", "b", "dev", cell)]
     toys.write_corpus(corpus, [*rows, ("test.wav", "a", "b", "test", 2)])
     splits, unusable = data.read_corpus(corpus, "fr", "en")
     assert [splits[split][0].seconds for split in data.SPLITS] == [0.5, 0.25, 2.0]
@@ -742,10 +744,13 @@ def test_a_clip_that_fails_is_left_out_of_its_batch_and_reported(tmp_path, token
     good = Row(write(tmp_path / "good.wav", tone(300, 16000)), "un", "one", "fr", "en", 0.2)
     bad = Row(tmp_path / "bad.wav", "deux", "two", "fr", "en", 0.2)
     bad.path.write_bytes(b"no audio at all")
-    batches = batches_of([good, bad], tokenizer)
-    batch = batches.load([Example(bad, "st"), Example(good, "st"), Example(bad, "asr")])
+    long = Row(write(tmp_path / "long.wav", np.zeros(31 * 16000)), "un", "one", "fr", "en", 0.2)
+    batches = batches_of([good, bad, long], tokenizer)
+    examples = [Example(row, "st") for row in (bad, good, long)] + [Example(bad, "asr")]
+    batch = batches.load(examples)
     single = data.collate([Example(good, "st")], tokenizer, "llama2")
     assert batch.ids.tolist() == single.ids.tolist() and len(batch.audio) == 1
-    assert list(batches.skipped) == [bad.path]
+    assert list(batches.skipped) == [bad.path, long.path]
     assert "not a format" in batches.skipped[bad.path]
+    assert "over 30 s; correct its seconds" in batches.skipped[long.path]
     assert batches.load([Example(bad, "st")]) is None
