@@ -18,8 +18,8 @@ A full change of W would have out * in trained numbers. A and B together have on
 
 B starts with zeros, so a new LoRA changes nothing and training starts from the published model. If
 A also started with zeros, nothing would be trained: the gradient of B is a product with A, and the
-gradient of A is a product with B, so both would be zero. B A x is multiplied by alpha / R. LLaST
-sets alpha to R / 2, so this factor is 0.5.
+gradient of A is a product with B, so both would be zero. B A x is multiplied by alpha / R: 0.5 in
+the original LLaST, 1 in our preset "tiny".
 
 LLaST adds LoRA to the linear layers of the speech encoder and of the LLM, except the LLM's head
 ("dual LoRA"). Paper: LoRA (2106.09685). Tests: tests/test_lora.py.
