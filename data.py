@@ -279,7 +279,8 @@ def clip_seconds(path: Path, cell: str, place: str, is_listed: bool) -> tuple[fl
     if not re.fullmatch(r"(\d+\.?\d*(e-\d+)?)?", cell):
         raise ValueError(f"{place}: seconds is {cell!r}; write a number such as 2.5, or nothing")
     try:
-        seconds = (float(cell or 0) if is_listed else 0) or audio_seconds(path)
+        stated = float(cell or 0) if is_listed else 0
+        seconds = stated or audio_seconds(path)
     except AudioError as error:
         return 0.0, str(error)
     return seconds, "" if seconds else f"{path}: the clip has no samples"

@@ -282,8 +282,8 @@ class LLaST(nn.Module):
 
         Both files are first written under temporary names and then renamed, so a half-written file
         never has the final name. If the program is killed between the two renames, the new tensors
-        are next to the old llast.json. Within one training run the description is always the same,
-        so this folder still loads. In other cases from_pretrained raises an error.
+        are next to the old llast.json. If the description has not changed, this folder still loads.
+        In other cases from_pretrained raises an error.
         """
         if any(layer.lora_A is None for layer in lora_layers(self)):
             raise ValueError("merge_lora(delete_lora=True) deleted the LoRA; save before merging")

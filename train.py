@@ -629,8 +629,8 @@ def check_failures(failed: dict[Path, str], n_clips: int, max_share: float):
 # a run without torchrun there is only rank 0, and these functions change nothing.
 #
 # PyTorch has a class for this, DistributedDataParallel. It sends the gradients during the backward
-# pass, but it needs the same number of batches on every rank. Here the gradients are small, because
-# only LoRA and the projector are trained. tools/plan.py prints how many bytes a GPU sends.
+# pass. Here they are small, because only LoRA and the projector are trained, so sum_gradients sends
+# them after it. tools/plan.py prints how many bytes a GPU sends.
 
 
 def rank() -> int:

@@ -1,4 +1,4 @@
-"""BLEU of the preset base on the phrasebook and on human speech, next to whisper-base alone.
+"""BLEU of the preset base on the phrasebook and on human speech, compared with whisper-base.
 
     python tools/prepare.py voice-prompts --lang fr --out corpus
     pip install -r benchmarks/requirements.txt
@@ -140,19 +140,20 @@ def trained_systems(name: str, folder: Path) -> dict:
     """{name: a function that translates rows} for a trained model, directly and as a cascade."""
     model = LLaST.from_pretrained(folder, dtype=torch.bfloat16)
     merge_lora(model)
+    languages = "fr", "en", SearchOptions()
 
-    def system(translator, rows: list[Row]) -> list[str]:
-        return [result.text for result in translator(model, [row.path for row in rows])]
+    def direct(rows: list[Row]) -> list[str]:
+        paths = [row.path for row in rows]
+        return [result.text for result in translate(model, paths, "st", *languages)]
 
-    def two_steps(model, paths):
-        return cascade(model, paths, "fr", "en", SearchOptions())
+    def two_steps(rows: list[Row]) -> list[str]:
+        return [result.text for result in cascade(model, [row.path for row in rows], *languages)]
 
-    one_step = partial(translate, source="fr", target="en")
-    return {name: partial(system, one_step), f"{name}, cascade": partial(system, two_steps)}
+    return {name: direct, f"{name}, cascade": two_steps}
 
 
 def run(system, rows: list[Row]) -> dict:
-    """BLEU with its 95 % interval, lower-cased BLEU and chrF of a system, and its time."""
+    """BLEU with its 95 % interval and chrF of a system, its time, and its first translations."""
     start = time.process_time()
     texts = system(rows)
     scores = score(texts, [row.translation for row in rows], n_bootstrap=1000)
@@ -162,32 +163,40 @@ def run(system, rows: list[Row]) -> dict:
 # ------------------------------------------------------------------------------------------ tables
 
 
-def training_lines(results: dict) -> list[str]:
-    """One row for each training: its time, its memory, and its scores after each pass."""
+def table(*rows) -> list[str]:
+    """The lines of a table. The first row has the names of the columns."""
+    line = ["---"] * len(rows[0])
+    return [f"| {' | '.join(cells)} |" for cells in (rows[0], line, *rows[1:])]
+
+
+def training_row(name: str, training: dict) -> list[str]:
+    """Time and memory of a training, and its scores after each pass."""
+    cost = f"{training['seconds'] / 60:.0f}", f"{training['peak_gb']:.1f}"
+    curves = (
+        ", ".join(f"{line[key]:.{digits}f}" for line in training["passes"])
+        for key, digits in (("loss", 2), ("dev_loss", 2), ("dev_bleu fr-en", 1))
+    )
+    return [*name.split("-"), *cost, *curves]
+
+
+def score_row(name: str, seeds: dict) -> list[str]:
+    """The scores of a system on a test set, for all its seeds."""
+    bleus = []
+    for scores in seeds.values():
+        low, high = scores["bleu_interval"]
+        bleus.append(f"{scores['bleu']:.1f} ({low:.1f} to {high:.1f})")
+    bleu, chrf, seconds = (
+        mean(scores[key] for scores in seeds.values()) for key in ("bleu", "chrf", "cpu_seconds")
+    )
+    return [*name.split(": "), ", ".join(bleus), f"{bleu:.1f}", f"{chrf:.1f}", f"{seconds:.0f}"]
+
+
+def tables(results: dict) -> list[str]:
     names = "model", "seed", "minutes", "peak GB", "loss of each pass", "dev loss", "dev BLEU"
-    lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
-    for name, r in sorted(results["trainings"].items()):
-        curves = (
-            ", ".join(f"{line[key]:.{digits}f}" for line in r["passes"])
-            for key, digits in (("loss", 2), ("dev_loss", 2), ("dev_bleu fr-en", 1))
-        )
-        cells = *name.split("-"), f"{r['seconds'] / 60:.0f}", f"{r['peak_gb']:.1f}", *curves
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def score_lines(results: dict) -> list[str]:
-    """One row for each system and test set, with the scores of all its seeds."""
+    trainings = [training_row(*item) for item in sorted(results["trainings"].items())]
+    lines = [*table(names, *trainings), ""]
     names = "test set", "system", "BLEU of each seed (95 % interval)", "mean", "chrF", "CPU s"
-    lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
-    for key, seeds in sorted(results["scores"].items()):
-        bleus = (
-            f"{r['bleu']:.1f} ({{:.1f}} to {{:.1f}})".format(*r["bleu_interval"])
-            for r in seeds.values()
-        )
-        means = (f"{mean(r[key] for r in seeds.values()):.1f}" for key in ("bleu", "chrf"))
-        seconds = f"{mean(r['cpu_seconds'] for r in seeds.values()):.0f}"
-        lines.append(f"| {' | '.join((*key.split(': '), ', '.join(bleus), *means, seconds))} |")
+    lines += table(names, *(score_row(*item) for item in sorted(results["scores"].items())))
     signatures = {r["signature"] for seeds in results["scores"].values() for r in seeds.values()}
     return [*lines, "", f"Signature: {', '.join(sorted(signatures))}"]
 
@@ -196,7 +205,7 @@ def save(results: dict):
     text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
     RESULTS.with_suffix(".tmp").write_text(text, encoding="utf-8")
     os.replace(RESULTS.with_suffix(".tmp"), RESULTS)
-    write_below("speech", [*training_lines(results), "", *score_lines(results)])
+    write_below("speech", tables(results))
 
 
 # --------------------------------------------------------------------------------------------- run
