@@ -300,7 +300,7 @@ class LLaST(nn.Module):
             "versions": {"llast": FORMAT, "torch": torch.__version__},
         }
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.trained().items()}
-        digests = digests_of(description, tensors)
+        digests = digests_of([config, self.fingerprints], tensors)
         save_file(tensors, folder / "llast.safetensors.tmp", digests)  # as metadata of the file
         (folder / "llast.json.tmp").write_text(json.dumps(description, indent=2) + "\n")
         # safetensors makes files that only the owner can read. Give them normal permissions.
@@ -346,7 +346,7 @@ def read_saved(folder: Path) -> tuple[LLaSTConfig, dict[str, str], dict[str, Ten
     tensors = read_tensors(weights_file)
     with safe_open(weights_file, "pt") as stored:
         saved_digests = stored.metadata() or {}
-    digests = digests_of(description, tensors)
+    digests = digests_of([description["config"], description["fingerprints"]], tensors)
     if changed := [name for name, digest in digests.items() if saved_digests.get(name) != digest]:
         raise ValueError(
             f"{folder}: llast.json and llast.safetensors do not belong together, or were changed: "
@@ -359,12 +359,12 @@ def read_saved(folder: Path) -> tuple[LLaSTConfig, dict[str, str], dict[str, Ten
     return replace(config, **bases), description["fingerprints"], tensors
 
 
-def digests_of(description: dict, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Return a SHA-256 of config and fingerprints, and one of the names and values of the tensors.
+def digests_of(content, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Return a SHA-256 of `content` as JSON, and one of the names and values of the tensors.
 
     llast.safetensors stores both, so from_pretrained can see whether the two files belong together.
     """
-    text = json.dumps([description["config"], description["fingerprints"]], sort_keys=True)
+    text = json.dumps(content, sort_keys=True)
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())

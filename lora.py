@@ -66,11 +66,11 @@ class LoRALinear(nn.Linear):
         return y.unflatten(0, x.shape[:-1])
 
     @torch.no_grad()
-    def add_change(self, sign: int):
-        """Add (alpha / R) B A to the weight (sign 1), or subtract it again (sign -1)."""
-        change = sign * self.scale * (self.lora_B @ self.lora_A)  # (out_features, in_features)
+    def add_change(self):
+        """Add (alpha / R) B A to the weight."""
+        change = self.scale * (self.lora_B @ self.lora_A)  # (out_features, in_features)
         self.weight.copy_(self.weight.float() + change)
-        self.merged = sign == 1
+        self.merged = True
 
 
 def add_lora(module: nn.Module, targets, rank: int, alpha: float, dropout: float) -> list[str]:
@@ -103,23 +103,10 @@ def merge_lora(module: nn.Module, delete_lora: bool = False):
     """Add (alpha / R) B A to each weight, so that the layer is as fast as without LoRA.
 
     The outputs are the same up to rounding. `delete_lora` also deletes A and B: with the ranks
-    of the paper they need gigabytes. After that the model cannot be unmerged or saved.
+    of the paper they need gigabytes. After that the model cannot be saved.
     """
     for layer in lora_layers(module):
         if not layer.merged:
-            layer.add_change(1)
+            layer.add_change()
         if delete_lora:
             layer.lora_A = layer.lora_B = None
-
-
-def unmerge_lora(module: nn.Module):
-    """Subtract the change from each weight again.
-
-    Rounding can make a weight slightly different from the original one. Raises ValueError if A and
-    B were deleted.
-    """
-    for layer in lora_layers(module):
-        if layer.lora_A is None:
-            raise ValueError("merge_lora deleted A and B of this model; load the model again")
-        if layer.merged:
-            layer.add_change(-1)

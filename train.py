@@ -46,8 +46,8 @@ ADVICE_MODELS = "use smaller models (--encoder, --llm)"
 ONE_BEAM = SearchOptions(beams=1)  # for the dev scores, because it is fast
 TINY, WEIGHTS = HERE / "tiny", HERE / "weights"
 STATE = "state.safetensors"  # in the folder of a run that is not finished, see TrainState
-# A stopped run can continue with other values of these settings. They do not change the training,
-# or a SHA-256 of the content of the file or folder is compared.
+# A stopped run can continue with other values of these settings. Most of them do not change the
+# steps. Of the folders (encoder, llm, data), a SHA-256 of the content is compared instead.
 NOT_COMPARED = "preset encoder llm data recompute beams max_failed save_minutes torch".split()
 
 # ------------------------------------------------------------------------------------------ presets
@@ -360,8 +360,7 @@ class TrainState:
         """
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}
         text, temporary = json.dumps(run | {"step": self.step}), file.with_suffix(".tmp")
-        digests = digests_of({"config": text, "fingerprints": None}, tensors)  # SHA-256
-        save_file(tensors, temporary, {"run": text} | digests)
+        save_file(tensors, temporary, {"run": text} | digests_of(text, tensors))  # SHA-256
         wait_for_disk(temporary)
         os.replace(temporary, file)
         wait_for_disk(file.parent)
@@ -374,8 +373,7 @@ class TrainState:
         tensors = read_tensors(file)
         with safe_open(file, "pt") as stored:
             metadata = {"run": ""} | (stored.metadata() or {})
-        digests = digests_of({"config": metadata["run"], "fingerprints": None}, tensors)
-        if metadata != {"run": metadata["run"]} | digests:
+        if metadata != {"run": metadata["run"]} | digests_of(metadata["run"], tensors):
             raise ValueError(f"{file} was changed; copy it again or choose another --out")
         saved = json.loads(metadata["run"])
         other = [k for k, v in run.items() if saved.get(k) != v and k not in NOT_COMPARED]
@@ -401,9 +399,9 @@ def wait_for_disk(path: Path):
 class StopSignals:
     """Remembers SIGINT (Ctrl-C) and SIGTERM (from a scheduler).
 
-    A signal only sets `received`. An exception in the middle of a step could leave the weights and
-    the number of steps different. The loop looks at `received` between two steps, and the scoring
-    between two clips. A second signal ends the program at once.
+    A signal only sets `received`. An exception in the middle of a step could leave the weights of
+    one step with the number of another one. So the loop looks at `received` between two steps, and
+    the scoring between two clips. A second signal ends the program at once.
     """
 
     received = None
@@ -435,7 +433,7 @@ class Step:
     n_steps: int
     epoch: int  # from 1
     lr: float
-    loss: float  # the mean of all answer tokens
+    loss: float  # the mean over the answer tokens of all GPUs
     losses: torch.Tensor  # of every answer token: batch after batch, row after row
     grad_norm: float  # norm (length) of the gradient before clipping
     batches: list[Batch]  # with several GPUs, the batches and losses of this one
@@ -470,8 +468,7 @@ def compute_gradient(model: LLaST, batches: list[Batch], n_tokens: int, clip_nor
     # The only place of a step where the CPU waits for the GPU. In between, it is ahead of the GPU,
     # so the GPU always has work.
     losses = torch.cat([*step_losses, grad_norm[None]]).cpu()
-    losses, grad_norm = losses[:-1], losses[-1].item()
-    return losses, grad_norm
+    return losses[:-1], losses[-1].item()
 
 
 def train_epochs(
@@ -496,9 +493,9 @@ def train_epochs(
         if state.step > end:
             continue  # this epoch was finished before the run was stopped
         model.train()
-        n_done = state.step - start
-        steps = load_steps(batches, epoch, step_size, n_done, model.device)
-        for step_batches in prefetch(steps, in_thread=model.device.type == "cuda"):
+        steps = load_steps(batches, epoch, step_size, state.step - start, model.device)
+        # On a CPU, the training itself needs all cores.
+        for step_batches in prefetch(steps) if model.device.type == "cuda" else steps:
             number = state.step + 1
             n_tokens = agree_on_step(step_batches, batches.skipped)
             check_failures(batches.skipped, n_clips, settings.max_failed)
@@ -506,10 +503,11 @@ def train_epochs(
                 state.step = number
                 continue
             lr = learning_rate(number, ends[-1], settings)
-            torch.manual_seed(random_seed(batches.seed, number, rank()))  # for dropout
-            gradient = compute_gradient(model, step_batches, n_tokens, settings.clip_norm)
-            loss = sum(gather(gradient[0].sum().item())) / n_tokens
-            step = Step(number, ends[-1], epoch + 1, lr, loss, *gradient, step_batches)
+            seed = random.Random(f"step {batches.seed} {number} {rank()}").getrandbits(63)
+            torch.manual_seed(seed)  # for dropout; every step and every rank has another one
+            losses, grad_norm = compute_gradient(model, step_batches, n_tokens, settings.clip_norm)
+            loss = sum(gather(losses.sum().item())) / n_tokens
+            step = Step(number, ends[-1], epoch + 1, lr, loss, losses, grad_norm, step_batches)
             if step.is_finite:
                 state.update_weights(lr)
             state.step = number
@@ -522,11 +520,6 @@ def train_epochs(
                 norms = check_first_step(norms, model)
         if after_epoch:
             after_epoch(epoch + 1)
-
-
-def random_seed(seed: int, number: int, rank: int = 0) -> int:
-    """The seed of a step. It is different for every step and for every process (`rank`)."""
-    return random.Random(f"step {seed} {number} {rank}").getrandbits(63)
 
 
 @torch.no_grad()
@@ -593,14 +586,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return replace(batch, audio=list(audio.split([len(clip) for clip in batch.audio])), ids=ids)
 
 
-def prefetch(items: Iterator, in_thread: bool) -> Iterator:
-    """Yield the items. With in_thread, a thread makes the next item while this one is used.
-
-    This helps if the training runs on a GPU. On a CPU, the training needs all cores itself.
-    """
-    if not in_thread:
-        yield from items
-        return
+def prefetch(items: Iterator) -> Iterator:
+    """Yield the items. A thread makes the next item while this one is used."""
     with ThreadPoolExecutor(1) as thread:
         future = thread.submit(next, items, None)  # gives None after the last item
         while (item := future.result()) is not None:
@@ -709,7 +696,8 @@ def sum_gradients(model: LLaST):
 def empty_batch() -> Batch:
     """A row that is a second of silence, without an answer: its loss and its gradient are 0.
 
-    A rank computes it if it has no batch, because all ranks must call a divided layer together.
+    A rank computes it if it has no batch. Otherwise its gradients would be None, and they could not
+    be summed. And with --shard, all ranks must call a divided layer together.
     """
     ids, labels, lengths = torch.tensor([[0]]), torch.tensor([[IGNORE]]), torch.tensor([1])
     return Batch([], [torch.zeros(SAMPLE_RATE)], ids, labels, lengths, audio_at=[0])
@@ -771,7 +759,7 @@ def run(args: argparse.Namespace) -> int:
         dev = make_batches(model, splits["dev"], replace(settings, asr=0.0), args.seed)
         print_corpora(splits, batches, dev)
         state = TrainState(model, settings)
-        description = describe_run(args, settings, splits["train"], model.fingerprints)
+        description = describe_run(args, settings, splits["train"], model)
         start_files(out, description, state)
         report = Report(state, description, model, dev, settings, out)
         STOP.catch()  # an earlier signal ends the program at once, because nothing can be lost
@@ -786,7 +774,7 @@ def run(args: argparse.Namespace) -> int:
                 report.save()  # also the model, so that it can be used
             gather(None)  # torchrun ends all ranks when one has ended, so wait for rank 0
             raise KeyboardInterrupt(saved_in(out)) from None
-        except (ValueError, OSError, SafetensorError) as error:
+        except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
             raise ValueError(f"{error}\n{saved_in(out)}") from error
     return 0
 
@@ -829,12 +817,14 @@ def lock(out: Path):
     return file
 
 
-def describe_run(args, settings: Preset, rows: list[Row], fingerprints: dict[str, str]) -> dict:
+def describe_run(args, settings: Preset, rows: list[Row], model: LLaST) -> dict:
     """The content of run.json: settings, and SHA-256 of the training rows and the base models."""
-    values = {name: getattr(args, name) for name in ("preset", "clips", "seed", "dtype", "compile")}
-    values |= asdict(settings) | {"torch": torch.__version__}
+    values = {name: getattr(args, name) for name in ("preset", "clips", "seed", "compile")}
+    # Not args.dtype: if it is None, the precision depends on the machine.
+    dtype = str(model.llm.lm_head.weight.dtype).removeprefix("torch.")
+    values |= asdict(settings) | {"torch": torch.__version__, "dtype": dtype}
     values["accumulate"] *= n_ranks()  # the same steps with another number of GPUs
-    values |= {f"{name}_sha256": digest for name, digest in fingerprints.items()}
+    values |= {f"{name}_sha256": digest for name, digest in model.fingerprints.items()}
     digest = hashlib.sha256()
     for row in rows:  # the path inside the corpus, because the corpus may be moved
         digest.update(ascii(replace(row, path=row.path.relative_to(settings.data))).encode())
@@ -852,7 +842,7 @@ def start_files(out: Path, description: dict, state: TrainState):
         size = state.load(out / STATE, description)["log_size"]
     runs = gather(description | {"step": state.step})
     if any(run != runs[0] for run in runs):
-        raise ValueError(f"rank {rank()} has other files or settings; use the same everywhere")
+        raise ValueError("the ranks have different files or settings; use the same everywhere")
     if rank():
         return
     (out / "run.json").write_text(json.dumps(description, indent=2) + "\n")
@@ -882,8 +872,8 @@ def load_model(settings: Preset, args: argparse.Namespace) -> LLaST:
     return model
 
 
-def print_parts(model: LLaST) -> dict[str, list[int]]:
-    """Print and return the number of parameters of each part: {part: [trained, frozen]}."""
+def print_parts(model: LLaST):
+    """Print the number of trained and frozen parameters of each part."""
     names = {"speech_encoder": "encoder", "projector": "projector", "llm": "LLM"}
     parts = "encoder", "encoder LoRA", "projector", "LLM", "LLM LoRA", "all"
     counts = {part: [0, 0] for part in parts}
@@ -894,7 +884,6 @@ def print_parts(model: LLaST) -> dict[str, list[int]]:
     print(f"\n{'part':14}{'trained':>14}{'frozen':>16}")
     for part, (trained, frozen) in counts.items():
         print(f"{part:14}{trained:14,}{frozen:16,}")
-    return counts
 
 
 def make_batches(model: LLaST, rows: list[Row], settings: Preset, seed: int = 0) -> Batches:
@@ -938,7 +927,11 @@ class Report:
 
     @on_rank_0
     def save_state(self):
-        """Save the state, unless it is already saved: after_epoch may have written to the log."""
+        """Save the state, unless that of this step is already saved.
+
+        A second save would keep the line that after_epoch has written to the log since then. A run
+        that continues would write this line again.
+        """
         if self.state.step != self.saved_step:
             size = (self.out / "log.jsonl").stat().st_size
             self.state.save(self.out / STATE, self.description | {"log_size": size})
@@ -981,7 +974,7 @@ def finish(model: LLaST, splits: dict, settings: Preset, out: Path, start_time: 
     if not isinstance(model, FSDPModule):
         merge_lora(model)  # From here on the model only translates, and merged weights are faster.
     options = dict(search=search, translator=translate_share)
-    with explain_out_of_memory(f"on a dev or test clip ({saved_in(out)})", ADVICE_MODELS):
+    with explain_out_of_memory("on a dev or test clip", ADVICE_MODELS):
         dev = by_direction(splits["dev"]).values()
         lowest = min(score_rows(model, rows, **options)["low_score"] for rows in dev)
         model.config = replace(model.config, max_loss=-lowest)
@@ -996,7 +989,9 @@ def finish(model: LLaST, splits: dict, settings: Preset, out: Path, start_time: 
         for name in ("llast.safetensors", "llast.json", "results.json", "."):
             wait_for_disk(out / name)
         (out / STATE).unlink()  # from now on, the run is finished
-    print(f"\n{seconds:.0f} s in all. The model and its scores are in {short(out)}. Try:")
+    print(
+        f"\nThis command took {seconds:.0f} s. The model and its scores are in {short(out)}. Try:"
+    )
     # The example is a clip of the last direction.
     print(f"    python translate.py --model {short(out)} --lang {direction} {short(group[0].path)}")
 

@@ -268,9 +268,10 @@ class Clip:
     def load(self, change: Callable | None) -> Tensor:
         audio = self.audio if self.is_waveform else load_audio(self.audio)
         audio = change(audio) if change else audio
-        if audio.dim() != 1 or not len(audio) or not audio.isfinite().all():
-            raise AudioError(self.name, "expected a waveform (N,) of finite numbers")
-        return audio
+        is_waveform = audio.dim() == 1 and len(audio) > 0 and audio.is_floating_point()
+        if not is_waveform or not audio.isfinite().all():
+            raise AudioError(self.name, "expected a waveform (N,) of finite floats")
+        return audio.float()
 
     def is_finished(self) -> bool:
         return bool(self.error or (self.pieces and all(piece.hypotheses for piece in self.pieces)))
@@ -339,7 +340,7 @@ def answer(model: LLaST, ids: Tensor, inputs: list, embed, search) -> list[list[
     memory, its two halves are computed one after the other. Only rounding can differ.
     """
     try:
-        with explain_out_of_memory("with one clip", "fewer --beams or --max-new-tokens need less"):
+        with explain_out_of_memory("with one clip", "use fewer beams or shorter answers"):
             at = int(ids.argmin())  # the place of AUDIO_ID, the only negative id
             prompts = [model.splice(ids, speech, at) for speech in embed(inputs)]
             answers = beam_search(model.llm, prompts, end_ids_of(model), search)
@@ -491,10 +492,9 @@ def score_rows(model, rows: list, tsv=None, search=SearchOptions(), translator=N
     metrics(target)  # report a missing package before the long work
     paths, references = [row.path for row in rows], [row.translation for row in rows]
     results = (translator or translate)(model, paths, "st", source, target, search, **options)
-    failed = write_results(rows, references, results, tsv)
+    counts = {"failed": write_results(rows, references, results, tsv)}
     scores = torch.tensor([result.score for result in results if not result.error] or [-100.0])
-    low_score = round(scores.quantile(0.02).item(), 4)
-    counts = {"failed": failed, "low_score": low_score}
+    counts["low_score"] = round(scores.quantile(0.02).item(), 4)
     return score([r.text for r in results], references, target) | counts
 
 

@@ -316,7 +316,8 @@ def sign(tree: Path):
     description = json.loads((tree / "run" / "llast.json").read_text())
     file = tree / "run" / "llast.safetensors"
     weights = load_file(file)
-    save_file(weights, file, llast.digests_of(description, weights))
+    content = [description["config"], description["fingerprints"]]
+    save_file(weights, file, llast.digests_of(content, weights))
 
 
 @pytest.mark.parametrize("window", WINDOWS)

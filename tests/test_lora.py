@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from llama import Llama
-from lora import LoRALinear, add_lora, lora_layers, merge_lora, unmerge_lora
+from lora import LoRALinear, add_lora, lora_layers, merge_lora
 from toys import WHISPER, fill, llama_config, made_up
 from whisper_encoder import WhisperConfig, WhisperEncoder
 
@@ -145,7 +145,7 @@ def test_a_and_b_are_float32_when_the_weight_is_in_half_precision():
     assert lora(torch.ones(2, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-# -------------------------------------------------------------------------------- merge and unmerge
+# -------------------------------------------------------------------------------------------- merge
 
 
 @torch.no_grad()
@@ -156,8 +156,6 @@ def test_merged_lora_gives_the_same_outputs(case):
     unmerged = model(x)
     assert not torch.allclose(unmerged, base, atol=1e-2)
     merge_lora(model)
-    assert_close(model(x), unmerged)
-    unmerge_lora(model)
     assert_close(model(x), unmerged)
 
 
@@ -194,19 +192,10 @@ def test_a_merged_layer_is_a_linear_layer_with_a_changed_weight():
 
 
 @torch.no_grad()
-def test_merging_or_unmerging_twice_changes_nothing_more(case):
+def test_merging_twice_changes_nothing_more(case):
     model, targets, _ = case
     add_trained_lora(model, targets)
-    for once in (merge_lora, unmerge_lora):
-        once(model)
-        first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        once(model)
-        assert all(torch.equal(model.state_dict()[name], first[name]) for name in first)
-
-
-def test_unmerging_after_a_and_b_were_deleted_is_an_error(case):
-    model, targets, _ = case
-    add_trained_lora(model, targets)
-    merge_lora(model, delete_lora=True)
-    with pytest.raises(ValueError, match="deleted A and B of this model; load the model again"):
-        unmerge_lora(model)
+    merge_lora(model)
+    first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    merge_lora(model)
+    assert all(torch.equal(model.state_dict()[name], first[name]) for name in first)

@@ -262,7 +262,7 @@ def test_prefetch_yields_in_order_and_makes_one_item_early():
             made.append(i)
             yield i
 
-    for i, item in enumerate(train.prefetch(items(), in_thread=True)):
+    for i, item in enumerate(train.prefetch(items())):
         latest = time.monotonic() + 10
         while len(made) < min(i + 2, 4) and time.monotonic() < latest:
             time.sleep(0.001)  # the thread is at work
@@ -275,7 +275,7 @@ def test_an_error_in_the_thread_is_raised_where_the_item_is_used():
         yield 1
         raise ValueError("a broken table")
 
-    items_early = train.prefetch(items(), in_thread=True)
+    items_early = train.prefetch(items())
     assert next(items_early) == 1
     with pytest.raises(ValueError, match="a broken table"):
         next(items_early)
@@ -482,11 +482,13 @@ def test_out_of_memory_names_the_phase_and_the_options_that_help_row_31(
             assert run(patch, *flags_for(corpus, tmp_path / name)) == 2
         err = capsys.readouterr().err
         assert phase in err and flag in err and "80 GiB" in err
+        assert name == "fresh" or "model is saved in" in err
     with monkeypatch.context() as patch:
         patch.setattr(train, "dev_scores", lambda *_: {})
         patch.setattr(train, "score_rows", too_much)
         assert run(patch, *flags_for(corpus, tmp_path / "test")) == 2
-    assert "on a dev or test clip (A model is saved in" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "on a dev or test clip" in err and "A model is saved in" in err
 
 
 @pytest.mark.parametrize(
@@ -858,7 +860,7 @@ def test_the_next_batch_is_the_same_with_and_without_a_thread_row_10(toy):
     for in_thread in (False, True):
         model, batches = new_model(*toy)
         steps = train.load_steps(batches, 1, 2, 1, model.device)
-        steps = train.prefetch(steps, in_thread)
+        steps = train.prefetch(steps) if in_thread else steps
         numbers.append([[batch.ids.tolist() for batch in step] for step in steps])
     assert numbers[0] == numbers[1] and len(numbers[0]) > 1
 
@@ -901,7 +903,8 @@ def test_a_stopped_run_continues_with_moved_models_and_a_moved_corpus(
     monkeypatch, small, tmp_path, stopped, whole
 ):
     moved = shutil.copytree(small / "corpus", tmp_path / "moved", symlinks=True)
-    assert run(monkeypatch, *flags_for(moved, stopped, *MORE, "--recompute", "all")) == 0
+    more = "--recompute", "all", "--dtype", "float32"  # float32 is the default on a CPU
+    assert run(monkeypatch, *flags_for(moved, stopped, *MORE, *more)) == 0
     assert toys.run_results(stopped)[0] == whole[0]
 
 
