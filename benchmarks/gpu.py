@@ -5,8 +5,8 @@
     python benchmarks/gpu.py --table               gpu.json -> the table in README.md
 
 The models have the sizes of the paper's systems and random weights: time and memory do not depend
-on the values of the weights. Each result is written to gpu.json as soon as it is known. Beside it
-stands the limit: the best that this GPU could do, computed from the arithmetic and the bytes that
+on the values of the weights. Each result is written to gpu.json as soon as it is known. Next to it
+is the limit: the best that this GPU could do, computed from the arithmetic and the bytes that
 the work needs, and from the speed of a large matrix product and of a large copy, measured first.
 """
 

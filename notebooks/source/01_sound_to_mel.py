@@ -98,7 +98,7 @@ def slow_frames(audio):
 # %% [markdown]
 # **Exercise 1.** The same without loops. You need `F.pad(..., mode="reflect")` (it wants
 # two or three dimensions: `audio[None]`), and `Tensor.unfold(dim, size, step)`. The loops
-# above make `N // HOP` frames, so one frame too many has to go.
+# above make `N // HOP` frames, but `unfold` makes one more: leave out the last one.
 
 
 # %% tags=["exercise"]

@@ -308,9 +308,9 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# The states near the silenced place change most. But every state changes: each also knows
-# something about the whole clip. And one state far away changes more than all others. Who
-# looks at it?
+# Near the silenced place, a state changes more than elsewhere on average. But every state
+# changes: each also knows something about the whole clip. And one state far away changes
+# more than any other. Which heads look at it?
 
 # %%
 special = change.argmax().item()
@@ -331,8 +331,8 @@ play(silenced)
 
 # %% [markdown]
 # ## 2.6 What does silence cost? (5 minutes)
-# Whisper was trained on windows of 30 s: shorter clips are filled up with silence. Our
-# preset `tiny` does not fill them up.
+# Whisper was trained on windows of 30 s: shorter clips are padded with silence. Our
+# preset `tiny` does not pad them.
 #
 # **Predict, then run.** How many times more time does the encoder need for the window of
 # 30 s than for this clip?
@@ -460,7 +460,8 @@ for name, wrong in (("no mask", without_mask), ("padding not zero", with_wrong_p
 # * Attention is a weighted sum of values. The weights are the softmax over the keys of
 #   scaled dot products. Masked keys get the weight 0 *before* the weights are scaled to
 #   sum 1.
-# * States keep their time, more or less. The window of 30 s costs more than its share.
+# * States keep their time, more or less. A window of 30 s costs more than six
+#   clips of 5 s, because attention grows with the square of the length.
 #
 # **Read next:** `SelfAttention` and `WhisperEncoder.forward` in `whisper_encoder.py`.
 # Where are your two functions?

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 5 · LoRA: a small change to a big matrix
 #
-# **75 minutes** (the computer needs less than 3) · explains `lora.py` · needs a trained
-# model · before it: 2 and 3 (the two models that get a LoRA), 4 (the loss)
+# **75 minutes**, of which the computer needs less than 3. This notebook explains `lora.py`.
+# Do notebooks 2 and 3 (the two models that get a LoRA) and 4 (the loss) first.
 #
 # After this notebook you can
 # 1. write a LoRA layer, merge it into its matrix, and take it out again;
@@ -510,9 +510,9 @@ plt.show()
 
 # %% [markdown]
 # ## 5.7 Break it: a LoRA that does not start at zero
-# The small LLM alone translates *written* French. A new LoRA must not change that. Here B
-# starts with noise of three sizes. Then both A and B start with zeros: look at the
-# gradients.
+# Without any LoRA, the small LLM translates *written* French. A new LoRA must not change
+# that. Here B starts with noise of three sizes. Then both A and B start with zeros: look at
+# the gradients.
 
 # %%
 folder, sentence = PRESETS["tiny"].llm, "Où est la gare, s'il vous plaît ?"

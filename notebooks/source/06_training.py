@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 6 · Training: from random vectors to a translator
 #
-# **90 minutes** (the computer needs less than 6) · explains `train_epochs` and
-# `learning_rate` in `train.py`, `Batches` in `data.py` · trains its own small models ·
-# before it: 4 (the loss), 5 (LoRA)
+# **90 minutes**, of which the computer needs less than 6. This notebook explains
+# `train_epochs` and `learning_rate` in `train.py`, and `Batches` in `data.py`. It trains
+# its own small models. Do notebooks 4 (the loss) and 5 (LoRA) first.
 #
 # After this notebook you can
 # 1. write a training loop: learning rate, several batches per step, clipping;
@@ -540,8 +540,9 @@ for number, (guess, mistake) in enumerate(
 # ## Recap
 # * The learning rate rises and falls. No step has the learning rate 0.
 # * Several batches in one step: every token counts the same, however the batches are cut.
-# * A curve alone says little. In the first steps the loss falls because the LLM learns the
-#   form of the answers. So a model with the wrong speech has the same curve.
+# * A curve says little without translations to read. In the first steps the loss falls
+#   because the LLM learns the form of the answers. So a model with the wrong speech has the
+#   same curve.
 # * The gradient norm of each part shows what is trained.
 #
 # **Read next:** `train_epochs` in `train.py`, and `group` in `data.py`.

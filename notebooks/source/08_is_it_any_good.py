@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 8 · Is it any good? Scores, intervals and fair comparisons
 #
-# **75 minutes** (the computer needs less than 2) · explains `score` in `translate.py` ·
-# needs a trained model · before it: 4, 7
+# **75 minutes**, of which the computer needs less than 2. This notebook explains `score` in
+# `translate.py`. Do notebooks 4 (the prompt) and 7 (beam search) first.
 #
 # After this notebook you can
 # 1. compute BLEU by hand, and say what it does not see;
