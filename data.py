@@ -156,7 +156,8 @@ def read_table(path: Path, columns, header=(), **dialect) -> Iterator[tuple[str,
         for cells in rows:
             if len(cells) not in (0, len(header)):
                 raise csv.Error(f"expected {len(header)} cells {header}, found {len(cells)}")
-            # A row has several lines if a quotation mark is missing. Other dialects allow it.
+            # If a quotation mark is missing, a row goes on in the next line. Other dialects allow
+            # such rows.
             if rows.line_num > line and not dialect:
                 raise csv.Error("a cell in quotation marks contains a line break")
             if cells:
@@ -420,7 +421,7 @@ def examples_for(rows: list[Row], asr: float, seed: int, epoch: int) -> list[Exa
     """
     if not 0 <= asr <= 1:
         raise ValueError(f"--asr is {asr}; it is a share, from 0 (none) to 1 (every clip)")
-    # Random takes a text, too. The same text gives the same numbers on every machine.
+    # The seed of Random can be a text. The same text gives the same numbers on every machine.
     rng = random.Random(f"examples {seed} {epoch}")
     row_of_clip = {}
     for row in rows:

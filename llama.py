@@ -88,8 +88,8 @@ class LlamaConfig:
     rms_norm_eps: float
     rope_theta: float
     tie_word_embeddings: bool
-    # These four change slow rotary positions ("rope_type": "llama3"), see scale_frequency. These
-    # values change nothing.
+    # The next four fields make slow rotary positions slower ("rope_type": "llama3", see
+    # scale_frequency). With these defaults they change nothing.
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -108,16 +108,16 @@ class LlamaConfig:
             if not isinstance(inner, dict):
                 raise ValueError(f"{path}: {name} must be an object, found {inner!r:.60}")
             raw |= {key: value for key, value in inner.items() if value is not None}
-        no_scaling = {field.name: field.default for field in fields(cls)[-4:]}
+        scaling = {field.name: field.default for field in fields(cls)[-4:]}  # no scaling
         if raw.get("rope_type") == "llama3":
-            no_scaling = {"rope_type": "llama3"}  # so the four values are required
-        supported = (SUPPORTED_VALUES | no_scaling).items()
+            scaling = {"rope_type": "llama3"}  # the four values are required
+        supported = (SUPPORTED_VALUES | scaling).items()
         unsupported = {k: raw[k] for k, value in supported if raw.get(k, value) != value}
         if unsupported:
             raise ValueError(f"{path}: not supported: {unsupported!r:.200}; use another model")
 
         # Old config.json files do not have the first two values.
-        raw = {"rope_theta": 10_000.0, "tie_word_embeddings": False} | no_scaling | raw
+        raw = {"rope_theta": 10_000.0, "tie_word_embeddings": False} | scaling | raw
         D, H = raw.get("hidden_size"), raw.get("num_attention_heads")
         raw.setdefault("num_key_value_heads", H)
         # check_fields below reports wrong types. This division must not fail before that.
@@ -252,6 +252,7 @@ class Attention(nn.Module):
             k, v = keys[:, :, : n + T], values[:, :, : n + T]
         if past is None and x.device.type == "cpu":
             # On a CPU, the backward pass of attention is much slower in bfloat16 than in float32.
+            # With a cache there is no backward pass, and all old keys would be converted each step.
             q, k, v = q.float(), k.float(), v.float()
         if can_attend is not None:
             # On a GPU, PyTorch has fast attention kernels. FlashAttention does not support a mask,
@@ -511,8 +512,8 @@ SPACES = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 def character_classes() -> dict[str, str]:
     r"""Return the characters of \p{L}, \p{N}, \s and \S, as they are written inside [...] for re.
 
-    re does not know \p, and its \s has four control characters more. Letters and numbers are those
-    of the Unicode version of this Python.
+    re does not know \p, and its \s has four more control characters: U+001C to U+001F. Letters and
+    numbers are those of the Unicode version of this Python.
     """
     ranges = dict.fromkeys("CLMNPSZ", "")  # first letters of Unicode's categories
     for kind, group in groupby(map(chr, range(0x110000)), lambda c: unicodedata.category(c)[0]):
@@ -635,7 +636,7 @@ class Tokenizer:
     """Text <-> ids with the tokenizer of a checkpoint, of either kind.
 
     For `encode`, "</s>" in a text is four ordinary characters, not the end token. A prompt gets its
-    special tokens by id (`special_id`). The JSON files in the folder contain these ids.
+    special tokens by id (`special_id`). The files of the folder contain these ids.
     Exception: if tokenizer.model declares a token as "user-defined symbol", `encode` gives its id
     wherever a text contains it. Some models declare their ChatML tokens in this way.
     """

@@ -48,8 +48,8 @@ WINDOWS = ("30s", "clip")  # pad each clip to 30 s, or only to a whole number of
 # samples have another scale.
 MAX_PEAK = 32
 MIN_RATE, MAX_RATE = 1_000, 400_000  # samples per second
-# libsndfile calls the samples of one channel frames. A larger number of them means that libsndfile
-# does not know the length.
+# In libsndfile, a frame is one sample of every channel. A file with this number of frames or more
+# does not say its length.
 MAX_FRAMES = 1 << 40
 CONVERT = "convert it with ffmpeg -i FILE OUTPUT.flac"
 
@@ -113,8 +113,8 @@ def open_audio(path: Path) -> soundfile.SoundFile:
     try:
         data = path.read_bytes()
         # Some mp3 files begin with other bytes. With a frame header in front, libsndfile searches
-        # for the next frame. The pattern has the files that stay as they are: empty files ($), mp3
-        # files that begin with a tag or a frame, and files that are really wav, ogg, flac or aiff.
+        # for the next frame. The pattern matches the files that stay as they are: empty files ($),
+        # mp3 files that begin with a tag or a frame, and files of the other four types.
         if path.suffix.lower() == ".mp3" and not re.match(rb"$|ID3|\xff|RIFF|OggS|fLaC|FORM", data):
             data = MP3_FRAME + data
         file = open_bytes(data)
@@ -205,8 +205,8 @@ def load_audio(path: Path) -> Tensor:
     audio = samples.mean(dim=1)  # (N,)
     if len(audio) == 0:
         raise AudioError(path, "the clip has no samples, or its header says so")
-    # The peak is the largest absolute value. It can be NaN, infinite, or for example that of 16-bit
-    # integers as floats. `not`, because NaN <= 32 is False.
+    # The peak is the largest absolute value. In a damaged file it can be NaN or infinite. If 16-bit
+    # integers were stored as floats, it can be 32768. `not`, because NaN <= 32 is False.
     if not (peak := samples.norm(torch.inf)) <= MAX_PEAK:
         raise AudioError(path, f"samples must be from -1 to 1, but the largest is {peak:g}")
     # If the left channel is minus the right one, their mean is almost silent. Here it has less than
@@ -233,10 +233,12 @@ def sinc_filters(cutoff: float, from_step: int, to_step: int, first: int) -> Ten
     """Return the weights of the output samples from `first` on. -> (width, OUTPUTS_PER_WINDOW)
 
     Column j has the weights of output sample first + j. All columns belong to the same slice of the
-    input. The place of output sample first + j + 1 is later in this slice, so its weights begin at
-    the same row or lower. The last group of output samples can have fewer columns.
+    input. The next output sample has a later place in this slice. So the weights of column j + 1
+    begin at the same row as those of column j, or at a later row. The last group of output samples
+    can have fewer columns.
     """
     reach = math.ceil(ZEROS / cutoff)  # input samples with a weight, on each side of the centre
+    # The place of each output sample in the input. The unit is 1 / to_step of an input sample.
     position = torch.arange(first, min(first + OUTPUTS_PER_WINDOW, to_step)) * from_step
     centre = position // to_step  # last input sample before each output sample
     width = 2 * reach + 1 + int(centre[-1] - centre[0])
@@ -382,7 +384,7 @@ class WhisperConfig:
                 raise ValueError(f"{path} has no valid {name} (int), found {raw.get(name)!r:.40}")
         config = cls(**{name: raw[name] for name in cls.__dataclass_fields__})
         if config.d_model % config.encoder_attention_heads or config.encoder_layers > 1000:
-            raise ValueError(f"{path} needs heads that divide d_model, <= 1000 layers: {config}")
+            raise ValueError(f"{path}: heads must divide d_model, at most 1000 layers: {config}")
         return config
 
 
@@ -418,7 +420,7 @@ class SelfAttention(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Attention, then an MLP. Each reads normalised states and adds its result to them.
+    """Attention, then an MLP. Each reads normalized states and adds its result to them.
 
     If n is given, only the first n states are computed and returned.
     """

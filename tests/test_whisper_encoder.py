@@ -550,7 +550,7 @@ def test_a_folder_without_the_prefix_loads_too(folder, tmp_path):
     "change, message",
     (
         ({"d_model": None}, r"config.json has no valid d_model \(int\), found None"),
-        ({"encoder_attention_heads": 5}, "needs heads that divide d_model, .*heads=5"),
+        ({"encoder_attention_heads": 5}, "heads must divide d_model, .*heads=5"),
         (
             {"activation_function": "relu"},
             "activation_function is 'relu'; only 'gelu' is supported",
