@@ -62,7 +62,7 @@ SCORED = {  # test set: systems that translate it, all but the first with five b
 
 def train_base(seed: int, out: Path) -> list[dict]:
     """Train on the phrasebook, as train.py does. A training that was stopped continues."""
-    options = f"--preset base --dtype bfloat16 --seed {seed} --out".split()
+    options = f"--preset base --dtype bfloat16 --compile --seed {seed} --out".split()
     if not (out / "results.json").is_file():
         train.run(train.build_parser().parse_args([*options, str(out)]))
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -76,6 +76,7 @@ def train_further(parts: tuple, prompts: Path, source: Path, seed: int, out: Pat
     """Train these parts of the model in the folder `source` on the prompts."""
     rows, losses, passes = read_corpus(prompts, "fr", "en")[0], [], []
     model = LLaST.from_pretrained(source, dtype=torch.bfloat16)
+    model.compile_layers()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, p in trained.items():
         p.requires_grad_(name.startswith(parts))
