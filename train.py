@@ -140,7 +140,7 @@ PRESETS = {
         llm_rank=32, dropout=0.0, asr=0.5, lr=1e-3, schedule="linear", warmup=0.05, batch=1400,
         accumulate=1, recompute="none", epochs=3, beams=5,
     ),
-    # For one GPU with 24 GB. Never run. Its numbers are between those of "base" and of the paper.
+    # For one GPU with 24 GB. Never trained. Its numbers are between those of "base" and the paper.
     "small": Preset(
         **PAPER | dict(encoder=WEIGHTS / "whisper-small", lang="fr", encoder_rank=64, llm_rank=128),
         llm=WEIGHTS / "Llama-3.2-1B-Instruct", template="llama3",
@@ -148,7 +148,7 @@ PRESETS = {
     "llast-2b": Preset(llm=WEIGHTS / "TinyLlama-1.1B-Chat-v1.0", template="tinyllama", **PAPER),
     "llast-8b": Preset(llm=WEIGHTS / "Llama-2-7b-chat-hf", template="llama2", **PAPER),
     "llast-14b": Preset(llm=WEIGHTS / "Llama-2-13b-chat-hf", template="llama2", **PAPER),
-    # The 8B system with newer models. Never run.
+    # The 8B system with newer models. Never trained.
     "llast-8b-llama3": Preset(
         **PAPER | dict(encoder=WEIGHTS / "whisper-large-v3"),
         llm=WEIGHTS / "Llama-3.1-8B-Instruct", template="llama3",
@@ -504,7 +504,7 @@ def train_epochs(
                 continue
             lr = learning_rate(number, ends[-1], settings)
             seed = random.Random(f"step {batches.seed} {number} {rank()}").getrandbits(63)
-            torch.manual_seed(seed)  # for dropout; every step and every rank has another one
+            torch.manual_seed(seed)  # for dropout; each step of each rank has its own seed
             losses, grad_norm = compute_gradient(model, step_batches, n_tokens, settings.clip_norm)
             loss = sum(gather(losses.sum().item())) / n_tokens
             step = Step(number, ends[-1], epoch + 1, lr, loss, losses, grad_norm, step_batches)
@@ -927,7 +927,7 @@ class Report:
 
     @on_rank_0
     def save_state(self):
-        """Save the state, unless that of this step is already saved.
+        """Save the state, unless the state of this step is already saved.
 
         A second save would keep the line that after_epoch has written to the log since then. A run
         that continues would write this line again.

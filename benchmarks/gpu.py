@@ -327,8 +327,8 @@ def waiting(preset: str, model: LLaST, results: Results, toy: bool):
     times, wait = [], [0.0]
     prefetch = train.prefetch
 
-    def timed(*args, **options):
-        items = iter(prefetch(*args, **options))
+    def timed(steps):  # train_epochs calls it only on a GPU
+        items = prefetch(steps)
         while True:
             start = time.perf_counter()
             item = next(items, None)

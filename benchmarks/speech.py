@@ -1,10 +1,11 @@
 """BLEU of the preset base on the phrasebook and on human speech, compared with whisper-base.
 
-    python tools/prepare.py voice-prompts --lang fr --out corpus
     pip install -r benchmarks/requirements.txt
+    python tools/prepare.py voice-prompts --lang fr --out corpus
     python benchmarks/speech.py --seeds 0 1 2
 
-For each seed, three models are trained in runs/speech, with the frozen weights in bfloat16:
+README.md lists what else it needs. It uses only the CPU. For each seed, three models are trained in
+runs/speech, with the frozen weights in bfloat16:
 
 base        train.py --preset base, on the phrasebook
 prompts     base, trained further on the prompts
@@ -12,8 +13,8 @@ projector   the same, but the LoRAs stay as they are
 
 whisper-base can translate by itself, with its own decoder (here run by faster-whisper). It is the
 baseline for models with its encoder. Every training and every score goes into speech.json at once,
-and is not repeated if it is there. So the script can be stopped, and seeds can be added later. It
-also writes the tables in README.md.
+and is not repeated if it is there. So seeds can be added later. The script also writes the tables
+in README.md.
 """
 
 import argparse
@@ -29,7 +30,8 @@ from functools import partial
 from pathlib import Path
 from statistics import mean
 
-import torch
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all times are those of a CPU
+import torch  # noqa: E402
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -101,7 +103,11 @@ def pass_of(losses: list[float], scores: dict) -> dict:
 
 
 def run_training(function, out: Path) -> dict:
-    """Run a training in a process of its own. Returns its passes, its time and its memory."""
+    """Run a training in a process of its own. Returns its passes, its time and its memory.
+
+    If a training of "base" was stopped, time and memory are those of its last part. The time of
+    "base" includes its test scores.
+    """
     start = time.time()
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         passes, peak = process.submit(with_peak, function, out).result()
@@ -141,14 +147,14 @@ def trained_systems(name: str, folder: Path) -> dict:
     """{name: a function that translates rows} for a trained model, directly and as a cascade."""
     model = LLaST.from_pretrained(folder, dtype=torch.bfloat16)
     merge_lora(model)
-    languages = "fr", "en", SearchOptions()
+    options = "fr", "en", SearchOptions()
 
     def direct(rows: list[Row]) -> list[str]:
         paths = [row.path for row in rows]
-        return [result.text for result in translate(model, paths, "st", *languages)]
+        return [result.text for result in translate(model, paths, "st", *options)]
 
     def two_steps(rows: list[Row]) -> list[str]:
-        return [result.text for result in cascade(model, [row.path for row in rows], *languages)]
+        return [result.text for result in cascade(model, [row.path for row in rows], *options)]
 
     return {name: direct, f"{name}, cascade": two_steps}
 

@@ -310,7 +310,7 @@ plt.show()
 # %% [markdown]
 # Near the silenced place, a state changes more than elsewhere on average. But every state
 # changes: each also knows something about the whole clip. And one state far away changes
-# more than any other. Which heads look at it?
+# more than any other. Which head looks at it most?
 
 # %%
 special = change.argmax().item()
