@@ -216,6 +216,8 @@ def draw_curves(labels):
 draw_curves(share_of_transcripts("asr-0", "asr-half", "dual"))
 
 # %% [markdown]
+# No curve jumps: these trainings are stable, with transcripts and without.
+#
 # On CoVoST-2: `python train.py --preset llast-2b --lang fr --data corpus`, and the same
 # with `--asr 0 --epochs 2` for as many steps, or with `--asr 0` and `--asr 0.5`.
 # Published: 41.2 with a transcript of every clip, in the complete method.
