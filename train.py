@@ -137,8 +137,8 @@ PRESETS = {
     "base": Preset(
         encoder=WEIGHTS / "whisper-base", llm=WEIGHTS / "SmolLM2-135M-Instruct",
         data=TINY / "corpus", lang="fr", template="smollm2", window="clip", encoder_rank=16,
-        llm_rank=32, dropout=0.0, asr=0.5, lr=1e-3, schedule="linear", warmup=0.05, batch=1400,
-        accumulate=1, recompute="none", epochs=3, beams=5,
+        llm_rank=32, dropout=0.0, asr=0.5, lr=5e-4, schedule="linear", warmup=0.05, batch=1400,
+        accumulate=1, recompute="none", epochs=6, beams=5,
     ),
     # For one GPU with 24 GB. Never trained. Its numbers are between those of "base" and the paper.
     "small": Preset(

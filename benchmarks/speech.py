@@ -27,6 +27,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
@@ -62,19 +63,23 @@ SCORED = {  # test set: systems that translate it, all but the first with five b
 # ---------------------------------------------------------------------------------------- training
 
 
-def train_base(seed: int, out: Path) -> list[dict]:
+def train_base(seed: int, out: Path) -> dict:
     """Train on the phrasebook, as train.py does. A training that was stopped continues."""
     options = f"--preset base --dtype bfloat16 --compile --seed {seed} --out".split()
     if not (out / "results.json").is_file():
         train.run(train.build_parser().parse_args([*options, str(out)]))
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    losses = {line["epoch"]: [] for line in log}
+    losses, times = {line["epoch"]: [] for line in log}, [0.0]
     for line in log:
         losses[line["epoch"]] += [line["loss"]] if "loss" in line else []
-    return [pass_of(losses[line["epoch"]], line) for line in log if "dev_loss" in line]
+        times += [line["seconds"]] if "seconds" in line else []
+    passes = [pass_of(losses[line["epoch"]], line) for line in log if "dev_loss" in line]
+    # If a stopped training continues, the seconds in its log begin again at 0.
+    seconds = sum(b - a if b > a else b for a, b in pairwise(times))
+    return {"seconds": seconds, "passes": passes}
 
 
-def train_further(parts: tuple, prompts: Path, source: Path, seed: int, out: Path) -> list[dict]:
+def train_further(parts: tuple, prompts: Path, source: Path, seed: int, out: Path) -> dict:
     """Train these parts of the model in the folder `source` on the prompts."""
     rows, losses, passes = read_corpus(prompts, "fr", "en")[0], [], []
     model = LLaST.from_pretrained(source, dtype=torch.bfloat16)
@@ -90,11 +95,13 @@ def train_further(parts: tuple, prompts: Path, source: Path, seed: int, out: Pat
         losses.clear()
         print(out.name, passes[-1], flush=True)
 
+    start = time.perf_counter()
     train.train_epochs(model, batches, FURTHER, lambda step: losses.append(step.loss), after_epoch)
+    seconds = time.perf_counter() - start
     for p in trained.values():
         p.requires_grad_(True)  # only such tensors are saved
     model.save_pretrained(out)
-    return passes
+    return {"seconds": seconds, "passes": passes}
 
 
 def pass_of(losses: list[float], scores: dict) -> dict:
@@ -103,20 +110,15 @@ def pass_of(losses: list[float], scores: dict) -> dict:
 
 
 def run_training(function, out: Path) -> dict:
-    """Run a training in a process of its own. Returns its passes, its time and its memory.
-
-    If a training of "base" was stopped, time and memory are those of its last part. The time of
-    "base" includes its test scores.
-    """
-    start = time.time()
+    """Run a training in a process of its own. Returns its passes, its time and its memory."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        passes, peak = process.submit(with_peak, function, out).result()
-    cost = {"seconds": round(time.time() - start), "peak_gb": round(peak / 1e9, 2)}
-    return cost | {"threads": torch.get_num_threads(), "passes": passes}
+        return process.submit(with_peak, function, out).result()
 
 
-def with_peak(function, out: Path) -> tuple:
-    return function(out=out), memory_line("VmHWM")
+def with_peak(function, out: Path) -> dict:
+    training = function(out=out)
+    cost = {"threads": torch.get_num_threads(), "peak_gb": round(memory_line("VmHWM") / 1e9, 2)}
+    return training | cost
 
 
 # ----------------------------------------------------------------------------------------- systems
@@ -178,7 +180,8 @@ def table(*rows) -> list[str]:
 
 def training_row(name: str, training: dict) -> list[str]:
     """Time and memory of a training, and its scores after each pass."""
-    cost = f"{training['seconds'] / 60:.0f}", f"{training['peak_gb']:.1f}"
+    minutes, threads = training["seconds"] / 60, training["threads"]
+    cost = f"{minutes:.0f}", str(threads), f"{training['peak_gb']:.1f}"
     curves = (
         ", ".join(f"{line[key]:.{digits}f}" for line in training["passes"])
         for key, digits in (("loss", 2), ("dev_loss", 2), ("dev_bleu fr-en", 1))
@@ -199,7 +202,8 @@ def score_row(name: str, seeds: dict) -> list[str]:
 
 
 def tables(results: dict) -> list[str]:
-    names = "model", "seed", "minutes", "peak GB", "loss of each pass", "dev loss", "dev BLEU"
+    names = ["model", "seed", "minutes", "threads", "peak GB"]
+    names += ["loss of each pass", "dev loss", "dev BLEU"]
     trainings = [training_row(*item) for item in sorted(results["trainings"].items())]
     lines = [*table(names, *trainings), ""]
     names = "test set", "system", "BLEU of each seed (95 % interval)", "mean", "chrF", "CPU s"
