@@ -226,14 +226,10 @@ fig, ax = plt.subplots(figsize=(9, 1.9))
 ax.imshow(kinds, aspect="auto", cmap=colours, vmin=0, vmax=4)
 ax.set_yticks([0, 1], ["input", "loss"])
 ax.set(xlabel="position", title=f"{P} positions; red: the next token has a loss")
-places = (
-    (1.5, "text"),
-    (place + S / 2, "speech"),
-    (len(ids) + S - 14, "instruction"),
-    (P - 5, "answer"),
-)
-for x, text in places:
-    ax.text(x, 0, text, ha="center", va="center", fontsize=8)
+borders = 0, place, place + S, len(ids) - 1 + S, P
+for i, text in enumerate(("text", "speech", "instruction", "answer")):
+    middle = (borders[i] + borders[i + 1] - 1) / 2
+    ax.text(middle, 0, text, ha="center", va="center", fontsize=7)
 plt.show()
 
 # %% [markdown]
