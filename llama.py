@@ -108,7 +108,7 @@ class LlamaConfig:
             if not isinstance(inner, dict):
                 raise ValueError(f"{path}: {name} must be an object, found {inner!r:.60}")
             raw |= {key: value for key, value in inner.items() if value is not None}
-        scaling = {field.name: field.default for field in fields(cls)[-4:]}  # no scaling
+        scaling = {field.name: field.default for field in fields(cls)[-4:]}  # the defaults
         if raw.get("rope_type") == "llama3":
             scaling = {"rope_type": "llama3"}  # the four values are required
         supported = (SUPPORTED_VALUES | scaling).items()
@@ -252,7 +252,7 @@ class Attention(nn.Module):
             k, v = keys[:, :, : n + T], values[:, :, : n + T]
         if past is None and x.device.type == "cpu":
             # On a CPU, the backward pass of attention is much slower in bfloat16 than in float32.
-            # With a cache there is no backward pass, and all old keys would be converted each step.
+            # A step with a cache has no backward pass, and would have to convert all old keys.
             q, k, v = q.float(), k.float(), v.float()
         if can_attend is not None:
             # On a GPU, PyTorch has fast attention kernels. FlashAttention does not support a mask,

@@ -989,9 +989,7 @@ def finish(model: LLaST, splits: dict, settings: Preset, out: Path, start_time: 
         for name in ("llast.safetensors", "llast.json", "results.json", "."):
             wait_for_disk(out / name)
         (out / STATE).unlink()  # from now on, the run is finished
-    print(
-        f"\nThis command took {seconds:.0f} s. The model and its scores are in {short(out)}. Try:"
-    )
+    print(f"\nThis took {seconds:.0f} s. The model and its scores are in {short(out)}. Try:")
     # The example is a clip of the last direction.
     print(f"    python translate.py --model {short(out)} --lang {direction} {short(group[0].path)}")
 

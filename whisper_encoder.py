@@ -114,7 +114,7 @@ def open_audio(path: Path) -> soundfile.SoundFile:
         data = path.read_bytes()
         # Some mp3 files begin with other bytes. With a frame header in front, libsndfile searches
         # for the next frame. The pattern matches the files that stay as they are: empty files ($),
-        # mp3 files that begin with a tag or a frame, and files of the other four types.
+        # mp3 files that begin with a tag or a frame, and wav, ogg, flac or aiff files.
         if path.suffix.lower() == ".mp3" and not re.match(rb"$|ID3|\xff|RIFF|OggS|fLaC|FORM", data):
             data = MP3_FRAME + data
         file = open_bytes(data)
