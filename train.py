@@ -847,10 +847,9 @@ def start_files(out: Path, description: dict, state: TrainState):
         return
     (out / "run.json").write_text(json.dumps(description, indent=2) + "\n")
     log.touch()
-    lost = log.read_bytes()[size:].count(b"\n")
     os.truncate(log, min(size, log.stat().st_size))
     if state.step:
-        print(f"\ncontinuing after step {state.step}; {lost} later lines of the log are done again")
+        print(f"\ncontinuing after step {state.step}")
 
 
 def load_model(settings: Preset, args: argparse.Namespace) -> LLaST:

@@ -684,9 +684,7 @@ def test_a_killed_run_continues_exactly_rows_7_to_9(monkeypatch, command, tmp_pa
     assert toys.run_results(out) == whole
     printed = capsys.readouterr().out.splitlines()
     continued = [line for line in printed if line.startswith("continuing")]
-    assert [line[: line.index(" later")] for line in continued] == [
-        f"continuing after step {step}; {n}" for step, n in ((2, 0), (2, 2), (5, 0), (5, 4))
-    ]
+    assert continued == [f"continuing after step {step}" for step in (2, 2, 5, 5)]
     names = "llast.json llast.safetensors log.jsonl results.json run.json test.fr-en.tsv".split()
     assert sorted(path.name for path in out.iterdir()) == names
     assert run(monkeypatch, *command) == 2
@@ -851,7 +849,7 @@ def test_a_full_disk_keeps_the_last_state_and_the_run_continues_row_5(
         assert run(patch, *command, "--save-minutes", 0) == 2
     assert "No space left" in capsys.readouterr().err
     assert run(monkeypatch, *command) == 0
-    assert "continuing after step 3; 1 later lines" in capsys.readouterr().out
+    assert "continuing after step 3\n" in capsys.readouterr().out
     assert toys.run_results(out) == whole
 
 
