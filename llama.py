@@ -250,9 +250,8 @@ class Attention(nn.Module):
             keys, values, n = past
             keys[:, :, n : n + T], values[:, :, n : n + T] = present
             k, v = keys[:, :, : n + T], values[:, :, : n + T]
-        if past is None and x.device.type == "cpu":
+        if x.device.type == "cpu" and torch.is_grad_enabled():
             # On a CPU, the backward pass of attention is much slower in bfloat16 than in float32.
-            # A step with a cache has no backward pass, and would have to convert all old keys.
             q, k, v = q.float(), k.float(), v.float()
         if can_attend is not None:
             # On a GPU, PyTorch has fast attention kernels. FlashAttention does not support a mask,

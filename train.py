@@ -132,15 +132,16 @@ PRESETS = {
         epochs=2, beams=5, alpha_per_rank=1.0,
     ),
     # The smallest pair of public models, for a CPU or any GPU. The projector starts at random and
-    # must learn where the words of the LLM are, so it needs a high learning rate and several
-    # epochs. Its rank in the LLM is higher than that of "tiny", because this LLM cannot translate.
+    # must learn where the words of the LLM are. This takes several epochs. In a first trial, 1e-3
+    # learned more slowly. The rank in the LLM is twice that of "tiny", because this LLM cannot
+    # translate. Only half of the clips are also transcribed, to save time.
     "base": Preset(
         encoder=WEIGHTS / "whisper-base", llm=WEIGHTS / "SmolLM2-135M-Instruct",
         data=TINY / "corpus", lang="fr", template="smollm2", window="clip", encoder_rank=16,
         llm_rank=32, dropout=0.0, asr=0.5, lr=5e-4, schedule="linear", warmup=0.05, batch=1400,
         accumulate=1, recompute="none", epochs=6, beams=5,
     ),
-    # For one GPU with 24 GB. Never trained. Its numbers are between those of "base" and the paper.
+    # For one small GPU. Never trained. Its ranks are between those of "base" and of the paper.
     "small": Preset(
         **PAPER | dict(encoder=WEIGHTS / "whisper-small", lang="fr", encoder_rank=64, llm_rank=128),
         llm=WEIGHTS / "Llama-3.2-1B-Instruct", template="llama3",
@@ -867,6 +868,7 @@ def load_model(settings: Preset, args: argparse.Namespace) -> LLaST:
     model.llm.recompute = settings.recompute != "none"
     if args.compile:
         model.compile_layers()
+    print(f"the tokenizer is {short(model.tokenizer.file)}")
     print_parts(model)
     return model
 

@@ -2,12 +2,12 @@
 
     pip install -r benchmarks/requirements.txt
     python tools/prepare.py voice-prompts --lang fr --out corpus
-    python benchmarks/speech.py --seeds 0 1 2
+    python benchmarks/speech.py --seeds 0,1,2
 
 README.md lists what else it needs. It uses only the CPU. For each seed, three models are trained in
 runs/speech, with the frozen weights in bfloat16:
 
-base        train.py --preset base, on the phrasebook
+base        train.py --preset base --dtype bfloat16 --compile, on the phrasebook
 prompts     base, trained further on the prompts
 projector   the same, but the LoRAs stay as they are
 
@@ -44,6 +44,7 @@ from data import Row, read_corpus  # noqa: E402
 from llast import LLaST  # noqa: E402
 from lora import merge_lora  # noqa: E402
 from tools.evaluate import cascade  # noqa: E402
+from tools.reproduce import seed_list  # noqa: E402
 from translate import SearchOptions, score, translate  # noqa: E402
 
 RESULTS = HERE / "speech.json"
@@ -167,8 +168,9 @@ def run(system, rows: list[Row]) -> dict:
     """BLEU with its 95 % interval and chrF of a system, its time, and its first translations."""
     start = time.process_time()
     texts = system(rows)
+    seconds = time.process_time() - start
     scores = score(texts, [row.translation for row in rows], n_bootstrap=1000)
-    return scores | {"cpu_seconds": round(time.process_time() - start, 1), "first": texts[:3]}
+    return scores | {"cpu_seconds": round(seconds, 1), "first": texts[:3]}
 
 
 # ------------------------------------------------------------------------------------------ tables
@@ -194,7 +196,7 @@ def training_row(name: str, training: dict) -> list[str]:
 def score_row(name: str, seeds: dict) -> list[str]:
     """The scores of a system on a test set, for all its seeds."""
     bleus = []
-    for scores in seeds.values():
+    for _, scores in sorted(seeds.items()):
         low, high = scores["bleu_interval"]
         bleus.append(f"{scores['bleu']:.1f} ({low:.1f} to {high:.1f})")
     bleu, chrf, seconds = (
@@ -260,7 +262,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--prompts", type=Path, default=ROOT / "corpus", help="corpus of voice prompts [corpus]")
-    add("--seeds", type=int, nargs="*", default=[0, 1, 2], help="[0 1 2]; none: only whisper-base")
+    add("--seeds", type=seed_list, default=[0, 1, 2], help="random seeds [0,1,2]")
     args = parser.parse_args()
     tests = {
         "prompts": read_corpus(args.prompts, "fr", "en")[0]["test"],

@@ -1,14 +1,14 @@
 """From sound files to English text: this project and faster-whisper, both with whisper-base.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/speed.py --model runs/base
+    python benchmarks/speed.py --model runs/speech/base-0
 
-Ours is a model of the preset "base": the encoder of whisper-base and SmolLM2-135M. faster-whisper
-runs whisper-base with CTranslate2, which is written in C++ for fast translation. It also needs the
-file tokenizer.json of openai/whisper-base in weights/whisper-base. Its temperature is 0: by default
-it tries again at higher temperatures, which takes longer and gives other answers each time. All use
-the CPU with one thread and five beams, and take turns. Without --model, ours has a projector that
-is not trained, and the length of its answers is fixed. Writes speed.json and a table in README.md.
+Ours is a trained model of the preset "base": the encoder of whisper-base and SmolLM2-135M.
+faster-whisper runs whisper-base with CTranslate2, which is written in C++ for fast translation. It
+also needs the file tokenizer.json of openai/whisper-base in weights/whisper-base. Its temperature
+is 0: by default it tries again at higher temperatures, which takes longer and gives other answers
+each time. All use the CPU with one thread and five beams, and take turns. Writes speed.json and a
+table in README.md.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -30,28 +29,23 @@ from faster_whisper import WhisperModel
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-import translate  # noqa: E402
 from benchmarks.measure import write_below  # noqa: E402
 from data import read_corpus  # noqa: E402
 from llast import LLaST  # noqa: E402
 from lora import merge_lora  # noqa: E402
-from train import PRESETS, model_config  # noqa: E402
+from train import PRESETS  # noqa: E402
+from translate import SearchOptions, translate  # noqa: E402
 
 N_CLIPS, ROUNDS, BEAMS = 8, 3, 5
 
 
-def load_ours(folder: Path | None, n_tokens: int):
+def load_ours(folder: Path, precision: str):
     """A function (paths, clips in a batch) -> texts."""
-    if folder:
-        model, search = LLaST.from_pretrained(folder), translate.SearchOptions(BEAMS)
-    else:
-        model = LLaST.fresh(model_config(replace(PRESETS["base"], lang="fr"))).eval()
-        search = translate.SearchOptions(BEAMS, max_new_tokens=n_tokens)
-        translate.end_ids_of = lambda model: []  # no answer is shorter
+    model, search = LLaST.from_pretrained(folder, getattr(torch, precision)), SearchOptions(BEAMS)
     merge_lora(model)
 
     def run(paths: list[Path], batch_size: int) -> list[str]:
-        results = translate.translate(model, paths, "st", "fr", "en", search, batch_size=batch_size)
+        results = translate(model, paths, "st", "fr", "en", search, batch_size=batch_size)
         return [result.text for result in results]
 
     return run
@@ -88,7 +82,7 @@ def table_row(name: str, result: dict, ours: dict, seconds: float) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="a trained model of the preset base")
+    parser.add_argument("--model", type=Path, required=True, help="a trained model of preset base")
     args = parser.parse_args()
     torch.set_num_threads(1)
     base = PRESETS["base"]
@@ -97,19 +91,21 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         converter = TransformersConverter(str(base.encoder), copy_files=["tokenizer.json"])
         converter.convert(f"{folder}/whisper-base")
-        ours = load_ours(args.model, n_tokens=10)
-        runs = {f"ours, float32, batch of {n}": partial(ours, batch_size=n) for n in (1, N_CLIPS)}
+        runs = {}
+        for precision in ("float32", "bfloat16"):
+            ours = load_ours(args.model, precision)
+            for n in (1, N_CLIPS):
+                runs[f"ours, {precision}, batch of {n}"] = partial(ours, batch_size=n)
         for precision in ("float32", "int8"):
             runs[f"faster-whisper, {precision}"] = load_peer(f"{folder}/whisper-base", precision)
         results = measure(runs, paths)
     seconds = sum(row.seconds for row in rows)
     names = ("torch", "faster-whisper", "ctranslate2")
     packages = ", ".join(f"{name} {version(name)}" for name in names)
-    trained = "" if args.model else ", not trained, answers of 10 tokens"
     clips = f"{len(rows)} clips of {seconds / len(rows):.1f} s on average"
     machine = (
         f"{platform.machine()}, 1 thread, {packages}: median of {ROUNDS} turns, {BEAMS} beams, "
-        f"{clips}; ours: the preset base{trained}"
+        f"{clips}; ours: the preset base"
     )
     content = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "seconds": seconds}
     content["results"] = results

@@ -352,6 +352,7 @@ def test_a_run_writes_the_files_that_the_readme_names(monkeypatch, corpus, tmp_p
     assert all(tensor.abs().sum() > 0 for name, tensor in weights.items() if "lora_B" in name)
 
     printed = capsys.readouterr().out
+    assert "llama/tokenizer.model\n" in printed
     table = [row for row in map(str.split, printed.splitlines()) if row[1:2] == ["train"]]
     assert [row[:3] + row[4:5] for row in table] == [
         ["de-en", "train", "12", "12"],  # direction, split, clips, of them to translate

@@ -348,7 +348,10 @@ def read_params(file: Path) -> MetaParams:
         )
     params = read_json(file)
     if params.get("use_scaled_rope"):
-        raise ValueError(f"{file} sets use_scaled_rope, which is not supported here; use Llama 2")
+        raise ValueError(
+            f"{file} is a Llama 3, which is not converted; download its Hugging Face folder "
+            "(config.json, tokenizer.json, *.safetensors): it is read as it is"
+        )
     # Values that the oldest files leave out or set to null.
     old = {"n_kv_heads": params.get("n_heads"), "ffn_dim_multiplier": 1.0, "rope_theta": 10_000.0}
     params = {name: value for name, value in params.items() if value is not None}

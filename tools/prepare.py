@@ -242,8 +242,8 @@ def draw_prompt_splits(english: dict[str, str]) -> dict[str, str]:
     """The split of each prompt. Prompts with the same English words are in the same split.
 
     The hash of the English words gives the order: first test, then dev, then train. The order is
-    the same for all languages. So the test prompts of one language are in test or in dev of
-    another one, and a model can be trained on several languages.
+    the same for all languages. So most test prompts of one language are in test or in dev of
+    another one, if both have about as many prompts.
     """
 
     def order(name: str) -> str:

@@ -123,6 +123,7 @@ def train_and_evaluate(folder: Path, seed: int, settings: Preset, args) -> dict[
 def check_settings(file: Path, seed: int, settings: Preset, args: argparse.Namespace):
     """Raise ValueError if a model was trained with other settings than those of the command."""
     expected = asdict(settings) | {"seed": seed, "clips": args.clips}
+    expected |= {"dtype": args.dtype} if args.dtype else {}
     expected = json.loads(json.dumps(expected, default=str))  # JSON stores tuples as lists
     expected["accumulate"] *= args.gpus  # as in run.json: batches of a step, on all GPUs
     actual = json.loads(file.read_text())
@@ -234,7 +235,7 @@ def parse_options(argv: list[str] | None) -> tuple[argparse.Namespace, Preset]:
     options = train_parser().parse_args(["--preset", args.preset, *args.train_options])
     if options.preset != args.preset:
         raise ValueError(f"--preset {options.preset} is not for this program; leave it out")
-    args.clips = options.clips
+    args.clips, args.dtype = options.clips, options.dtype
     args.out = args.out or HERE / "runs" / f"reproduce-{args.preset}"
     return args, with_flags(PRESETS[args.preset], options)
 

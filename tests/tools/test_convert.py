@@ -390,7 +390,7 @@ def test_another_pt_file_is_not_a_whisper(tmp_path):
 def test_metas_scaled_rotation_is_refused(tmp_path):
     source = as_source({}, tmp_path / "source" / "consolidated.00.pth")
     (source / "params.json").write_text(json.dumps({"use_scaled_rope": True}))
-    assert "sets use_scaled_rope, which is not supported here" in refusal(source)
+    assert "Llama 3, which is not converted; download its Hugging Face folder" in refusal(source)
 
 
 ODD_VALUES = (None, "x", -1, 0, 10**9, 10**30, 0.5, float("nan"), [], {}, [1], True)
