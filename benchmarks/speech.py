@@ -11,6 +11,8 @@ base        train.py --preset base --dtype bfloat16 --compile, on the phrasebook
 prompts     base, trained further on the prompts
 projector   the same, but the LoRAs stay as they are
 
+Two further trainings compare precisions: bfloat16 and float32 are base with --epochs 1.
+
 whisper-base can translate by itself, with its own decoder (here run by faster-whisper). It is the
 baseline for models with its encoder. Every training and every score goes into speech.json at once,
 and is not repeated if it is there. So seeds can be added later. The script also writes the tables
@@ -62,11 +64,11 @@ SCORED = {  # test set: systems that translate it, all but the first with five b
 # ---------------------------------------------------------------------------------------- training
 
 
-def train_base(seed: int, out: Path) -> dict:
+def train_base(options: str, out: Path) -> dict:
     """Train on the phrasebook, as train.py does. A training that was stopped continues."""
-    options = f"--preset base --dtype bfloat16 --compile --seed {seed} --out".split()
+    options = [*f"--preset base --compile {options} --out".split(), str(out)]
     if not (out / "results.json").is_file():
-        train.run(train.build_parser().parse_args([*options, str(out)]))
+        train.run(train.build_parser().parse_args(options))
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     losses, times = {line["epoch"]: [] for line in log}, [0.0]
     for line in log:
@@ -227,15 +229,18 @@ def save(results: dict):
 
 
 def train_all(results: dict, prompts: Path, seeds: list[int]):
+    trainings = {}
     for seed in seeds:
         base = MODELS / f"base-{seed}"
-        trainings = {"base": partial(train_base, seed)}
-        trainings |= {k: partial(train_further, v, prompts, base, seed) for k, v in PARTS.items()}
-        for name, function in trainings.items():
-            if f"{name}-{seed}" not in results["trainings"]:
-                training = run_training(function, MODELS / f"{name}-{seed}")
-                results["trainings"][f"{name}-{seed}"] = training
-                save(results)
+        trainings[base.name] = partial(train_base, f"--dtype bfloat16 --seed {seed}")
+        for name, parts in PARTS.items():
+            trainings[f"{name}-{seed}"] = partial(train_further, parts, prompts, base, seed)
+    for dtype in ("bfloat16", "float32"):
+        trainings[f"{dtype}-0"] = partial(train_base, f"--dtype {dtype} --epochs 1")
+    for name, function in trainings.items():
+        if name not in results["trainings"]:
+            results["trainings"][name] = run_training(function, MODELS / name)
+            save(results)
 
 
 def score_all(results: dict, tests: dict[str, list[Row]], seeds: list[int]):
