@@ -55,9 +55,10 @@ BASE = train.PRESETS["base"]
 FURTHER = replace(BASE, epochs=3)  # the model can already translate, so fewer passes
 PARTS = {"prompts": ("speech_encoder", "projector", "llm"), "projector": ("projector",)}
 WHISPER = {"whisper-base, greedy": 1, "whisper-base, 5 beams": 5}  # name: beams
+PROMPTS = "prompts", "prompts, length penalty 0.5", "prompts, cascade"
 SCORED = {  # test set: systems that translate it, all but the first with five beams
     "phrasebook": (*WHISPER, "base", "base, float32", "prompts"),
-    "prompts": (*WHISPER, "base", "prompts", "prompts, cascade", "projector"),
+    "prompts": (*WHISPER, "base", *PROMPTS, "projector"),
 }
 
 
@@ -147,23 +148,27 @@ def whisper_systems() -> dict:
 
 
 def trained_systems(name: str, folder: Path) -> dict:
-    """{name: a function that translates rows} for a trained model, directly and as a cascade."""
+    """{name: a function that translates rows} for a trained model in several ways."""
     in_bfloat16 = LLaST.from_pretrained(folder, dtype=torch.bfloat16)
     in_float32 = LLaST.from_pretrained(folder, dtype=torch.float32)
     merge_lora(in_bfloat16)
     merge_lora(in_float32)
-    options = "fr", "en", SearchOptions()
+    search, prefer_short = SearchOptions(), SearchOptions(length_penalty=0.5)
 
-    def direct(model: LLaST, rows: list[Row]) -> list[str]:
+    def direct(model: LLaST, search: SearchOptions, rows: list[Row]) -> list[str]:
         paths = [row.path for row in rows]
-        return [result.text for result in translate(model, paths, "st", *options)]
+        return [result.text for result in translate(model, paths, "st", "fr", "en", search)]
 
     def two_steps(rows: list[Row]) -> list[str]:
         paths = [row.path for row in rows]
-        return [result.text for result in cascade(in_bfloat16, paths, *options)]
+        return [result.text for result in cascade(in_bfloat16, paths, "fr", "en", search)]
 
-    systems = {name: partial(direct, in_bfloat16), f"{name}, float32": partial(direct, in_float32)}
-    return systems | {f"{name}, cascade": two_steps}
+    return {
+        name: partial(direct, in_bfloat16, search),
+        f"{name}, float32": partial(direct, in_float32, search),
+        f"{name}, length penalty 0.5": partial(direct, in_bfloat16, prefer_short),
+        f"{name}, cascade": two_steps,
+    }
 
 
 def run(system, rows: list[Row]) -> dict:
