@@ -41,8 +41,9 @@ N_CLIPS, ROUNDS, BEAMS = 8, 3, 5
 
 def load_ours(folder: Path, precision: str):
     """A function (paths, clips in a batch) -> texts."""
-    model, search = LLaST.from_pretrained(folder, getattr(torch, precision)), SearchOptions(BEAMS)
+    model = LLaST.from_pretrained(folder, dtype=getattr(torch, precision))
     merge_lora(model)
+    search = SearchOptions(BEAMS)
 
     def run(paths: list[Path], batch_size: int) -> list[str]:
         results = translate(model, paths, "st", "fr", "en", search, batch_size=batch_size)
