@@ -612,7 +612,7 @@ def load_byte_pairs(file: Path) -> tuple[BytePairs, dict[str, int]]:
             raise ValueError(f"the merge {wrong[0]} has a piece that is not in the vocabulary")
         return BytePairs(vocab, merges, patterns, model.get("ignore_merges")), vocab | special
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        problem = f"{file} cannot be read as byte-level BPE: {error!s:.300}"
+        problem = f"{file} cannot be read as byte-level BPE of Llama 3 or SmolLM2: {error!s:.300}"
         raise ValueError(f"{problem}; copy the file again, or use another LLM") from error
 
 

@@ -57,6 +57,7 @@ ESCAPED = PLAIN | {"escapechar": "\\"}  # as CoVoST-2's get_covost_splits.py rea
 UNUSED_SPLITS = ("dev_covost", "test_covost")  # CoVoST-2's own script does not use them either
 N_TEST, N_DEV = 100, 50  # voice prompts in test and in dev; the others are in train
 MIN_PROMPT_SECONDS = 0.3
+DEBIAN = "for en, es, fr, it and ru: apt-get install asterisk-core-sounds"
 PART = ".part"  # ends the name of a file that is not complete yet
 
 
@@ -178,14 +179,13 @@ def find_voice_prompts(
     """The folder of the prompts, and the texts of both languages, as Debian installs them."""
     tables = []
     for code in (source, target):
-        package = f"asterisk-core-sounds-{code}"
-        table = args.share / "doc" / package / f"core-sounds-{code}.txt.gz"
-        tables.append(existing(table, f"texts of {code}", f"apt-get install {package}"))
+        name = f"core-sounds-{code}"
+        table = args.share / "doc" / f"asterisk-{name}" / f"{name}.txt.gz"
+        tables.append(existing(table, f"texts of {code}", f"{DEBIAN}-{code}"))
     audio = prompts_of(args, source)
     if not any(audio.glob("*.wav")):
         raise FileNotFoundError(
-            f"no prompts of {source}: {audio} has no .wav file; "
-            f"apt-get install asterisk-core-sounds-{source}-wav"
+            f"no prompts of {source}: {audio} has no .wav file; {DEBIAN}-{source}-wav"
         )
     return audio, tables
 
@@ -558,7 +558,7 @@ def print_report(report: dict, n_before: int, folder: Path):
             label = f"{key}: {problem}"
             print(f"{label:34}" + "".join(f"{n[key].get(problem, 0):10,}" for n in splits))
     for reason, n in report["in no split"].items():
-        print(f"{n:,} row{'s'[: n > 1]} in no split: {reason}")
+        print(f"{n:,} row{'s'[: n > 1]} left out, in no split: {reason}")
     for reason, rows in report["examples"].items():
         for row in rows:
             print(f"    {reason}: {row}")
