@@ -320,7 +320,7 @@ def print_samples(model: LLaST, rows: list[Row]):
     for row in random.Random(0).sample(rows, min(3, len(rows))):
         clip = [row.path]
         [result] = translate_in_order(model, clip, "st", row.source, row.target, ONE_BEAM)
-        layout = "    said      {}\n    expected  {}\n    got       {}"
+        layout = "    said      {}\n    expected  {}\n    got       {:.200}"
         tqdm.write(layout.format(row.sentence, row.translation, result.text))
 
 
