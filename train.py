@@ -318,10 +318,10 @@ def dev_scores(model: LLaST, dev: Batches) -> dict[str, float]:
 def print_samples(model: LLaST, rows: list[Row]):
     """Print three dev clips with their reference and the translation of the model."""
     for row in random.Random(0).sample(rows, min(3, len(rows))):
-        clip = [row.path]
-        [result] = translate_in_order(model, clip, "st", row.source, row.target, ONE_BEAM)
-        layout = "    said      {}\n    expected  {}\n    got       {:.200}"
-        tqdm.write(layout.format(row.sentence, row.translation, result.text))
+        [result] = translate_in_order(model, [row.path], "st", row.source, row.target, ONE_BEAM)
+        got = result.text[:200] + " ..." * (len(result.text) > 200)  # an answer can be endless
+        layout = "    said      {}\n    expected  {}\n    got       {}"
+        tqdm.write(layout.format(row.sentence, row.translation, got))
 
 
 # ------------------------------------------------------------------------------- stop and continue

@@ -55,11 +55,13 @@ BASE = train.PRESETS["base"]
 FURTHER = replace(BASE, epochs=3)  # the model can already translate, so fewer passes
 PARTS = {"prompts": ("speech_encoder", "projector", "llm"), "projector": ("projector",)}
 WHISPER = {"whisper-base, greedy": 1, "whisper-base, 5 beams": 5}  # name: beams
-PROMPTS = "prompts", "prompts, length penalty 0.5", "prompts, cascade"
-SCORED = {  # test set: systems that translate it, all but the first with five beams
+SCORED = {  # test set: systems that translate it. Those that are not greedy have five beams
     "phrasebook": (*WHISPER, "base", "base, float32", "prompts"),
-    "prompts": (*WHISPER, "base", *PROMPTS, "projector"),
-}
+    "prompts": (
+        *WHISPER, "base", "prompts", "prompts, greedy", "prompts, length penalty 0.5",
+        "prompts, cascade", "projector",
+    ),
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -153,7 +155,8 @@ def trained_systems(name: str, folder: Path) -> dict:
     in_float32 = LLaST.from_pretrained(folder, dtype=torch.float32)
     merge_lora(in_bfloat16)
     merge_lora(in_float32)
-    search, prefer_short = SearchOptions(), SearchOptions(length_penalty=0.5)
+    five_beams = SearchOptions()
+    greedy, prefer_short = SearchOptions(beams=1), SearchOptions(length_penalty=0.5)
 
     def direct(model: LLaST, search: SearchOptions, rows: list[Row]) -> list[str]:
         paths = [row.path for row in rows]
@@ -161,11 +164,12 @@ def trained_systems(name: str, folder: Path) -> dict:
 
     def two_steps(rows: list[Row]) -> list[str]:
         paths = [row.path for row in rows]
-        return [result.text for result in cascade(in_bfloat16, paths, "fr", "en", search)]
+        return [result.text for result in cascade(in_bfloat16, paths, "fr", "en", five_beams)]
 
     return {
-        name: partial(direct, in_bfloat16, search),
-        f"{name}, float32": partial(direct, in_float32, search),
+        name: partial(direct, in_bfloat16, five_beams),
+        f"{name}, float32": partial(direct, in_float32, five_beams),
+        f"{name}, greedy": partial(direct, in_bfloat16, greedy),
         f"{name}, length penalty 0.5": partial(direct, in_bfloat16, prefer_short),
         f"{name}, cascade": two_steps,
     }

@@ -27,7 +27,7 @@ import whisper_encoder
 from data import read_corpus
 from llast import LLaST
 from train import PRESETS, compute_gradient, learning_rate, make_batches, model_config, train_epochs
-from translate import SearchOptions, translate
+from translate import SearchOptions, Translation, translate
 
 ROOT = Path(__file__).parents[1]
 CORPUS = ROOT / "tiny" / "corpus"
@@ -443,6 +443,14 @@ def test_dev_clips_that_cannot_be_read_are_an_error(monkeypatch, corpus, tmp_pat
     assert run(monkeypatch, *flags_for(corpus, tmp_path / "none")) == 2
     err = capsys.readouterr().err
     assert "no dev clip can be read; fix them: " in err and dev[0] in err
+
+
+@pytest.mark.parametrize(("n", "printed"), ((200, "a" * 200), (201, "a" * 200 + " ...")))
+def test_a_sample_shows_at_most_200_characters(monkeypatch, corpus, capsys, n, printed):
+    answer = Translation("clip.wav", "a" * n)
+    monkeypatch.setattr(train, "translate_in_order", lambda *args: [answer])
+    train.print_samples(None, read_corpus(corpus, "fr", "en")[0]["dev"])
+    assert f"got       {printed}\n" in capsys.readouterr().out
 
 
 def test_too_many_failed_clips_keep_the_last_good_model(monkeypatch, corpus, tmp_path, capsys):

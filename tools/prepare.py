@@ -57,7 +57,7 @@ ESCAPED = PLAIN | {"escapechar": "\\"}  # as CoVoST-2's get_covost_splits.py rea
 UNUSED_SPLITS = ("dev_covost", "test_covost")  # CoVoST-2's own script does not use them either
 N_TEST, N_DEV = 100, 50  # voice prompts in test and in dev; the others are in train
 MIN_PROMPT_SECONDS = 0.3
-DEBIAN = "for en, es, fr, it and ru: apt-get install asterisk-core-sounds"
+DEBIAN = "en", "es", "fr", "it", "ru"  # it has prompts in these languages
 PART = ".part"  # ends the name of a file that is not complete yet
 
 
@@ -181,13 +181,19 @@ def find_voice_prompts(
     for code in (source, target):
         name = f"core-sounds-{code}"
         table = args.share / "doc" / f"asterisk-{name}" / f"{name}.txt.gz"
-        tables.append(existing(table, f"texts of {code}", f"{DEBIAN}-{code}"))
+        tables.append(existing(table, f"texts of {code}", how_to_get(code)))
     audio = prompts_of(args, source)
     if not any(audio.glob("*.wav")):
         raise FileNotFoundError(
-            f"no prompts of {source}: {audio} has no .wav file; {DEBIAN}-{source}-wav"
+            f"no prompts of {source}: {audio} has no .wav file; {how_to_get(source, '-wav')}"
         )
     return audio, tables
+
+
+def how_to_get(language: str, ending: str = "") -> str:
+    if language in DEBIAN:
+        return f"apt-get install asterisk-core-sounds-{language}{ending}"
+    return "Debian does not have this language; tools/README.md says which files are needed"
 
 
 def read_voice_prompts(args: argparse.Namespace, source: str, tables: list[Path]) -> Entries:
