@@ -181,16 +181,16 @@ def find_voice_prompts(
     for code in (source, target):
         name = f"core-sounds-{code}"
         table = args.share / "doc" / f"asterisk-{name}" / f"{name}.txt.gz"
-        tables.append(existing(table, f"texts of {code}", how_to_get(code)))
+        tables.append(existing(table, f"texts of {code}", suggest_package(code)))
     audio = prompts_of(args, source)
     if not any(audio.glob("*.wav")):
         raise FileNotFoundError(
-            f"no prompts of {source}: {audio} has no .wav file; {how_to_get(source, '-wav')}"
+            f"no prompts of {source}: {audio} has no .wav file; {suggest_package(source, '-wav')}"
         )
     return audio, tables
 
 
-def how_to_get(language: str, ending: str = "") -> str:
+def suggest_package(language: str, ending: str = "") -> str:
     if language in DEBIAN:
         return f"apt-get install asterisk-core-sounds-{language}{ending}"
     return "Debian does not have this language; tools/README.md says which files are needed"
