@@ -319,7 +319,7 @@ def print_samples(model: LLaST, rows: list[Row]):
     """Print three dev clips with their reference and the translation of the model."""
     for row in random.Random(0).sample(rows, min(3, len(rows))):
         [result] = translate_in_order(model, [row.path], "st", row.source, row.target, ONE_BEAM)
-        got = result.text[:200] + " ..." * (len(result.text) > 200)  # an answer can be endless
+        got = result.text[:200] + " ..." * (len(result.text) > 200)  # some repeat a phrase
         layout = "    said      {}\n    expected  {}\n    got       {}"
         tqdm.write(layout.format(row.sentence, row.translation, got))
 
